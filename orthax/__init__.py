@@ -1,0 +1,46 @@
+"""Orthogonal polar factors of gradients, activations and weights, for JAX and Optax."""
+
+import importlib.metadata
+
+from orthax import (
+    components as components,
+    optimisers as optimisers,
+    polar as polar,
+    transforms as transforms,
+)
+from orthax.optimisers import (
+    muon as muon,
+    normuon as normuon,
+    orthogonal_adam as orthogonal_adam,
+    orthogonal_lars as orthogonal_lars,
+    orthogonal_sgd as orthogonal_sgd,
+)
+from orthax.polar import polar_factor as polar_factor
+from orthax.transforms import (
+    explain as explain,
+    normalise as normalise,
+    normalise_components as normalise_components,
+    orthogonalise as orthogonalise,
+    scale_by_shape as scale_by_shape,
+)
+
+__version__ = "0.1.0"
+
+orthogonalize = orthogonalise
+
+
+def _refuse_the_other_orthax() -> None:
+    """Raise if the distribution `orthax` (orthogonal polynomials) is installed too."""
+    try:
+        other = importlib.metadata.version("orthax")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    raise ImportError(
+        f"The distribution 'orthax' {other} (orthogonal polynomials) is installed "
+        "beside 'orthax-optim', and both install a package called 'orthax', so one has "
+        "overwritten files of the other. Mend it with: pip uninstall -y orthax "
+        "orthax-optim && pip install orthax-optim"
+    )
+
+
+_refuse_the_other_orthax()

@@ -1,0 +1,21 @@
+"""Which axes of a leaf form a matrix, and work on all matrices of a tree at once."""
+
+from orthax.components._by_name import ByName as ByName
+from orthax.components._from_model import (
+    FromModel as FromModel,
+    from_model as from_model,
+)
+from orthax.components._map import Stacking as Stacking, map_matrices as map_matrices
+from orthax.components._matricisation import Matricisation as Matricisation
+from orthax.components._rule import (
+    ByPath as ByPath,
+    Decision as Decision,
+    OnlyConvolutions as OnlyConvolutions,
+    Rule as Rule,
+    check_rule as check_rule,
+)
+from orthax.components._tree import (
+    Leaf as Leaf,
+    decide_all as decide_all,
+    resolve as resolve,
+)

@@ -1,0 +1,139 @@
+"""A tree read leaf by leaf: paths, which leaves can be cut, and how they are."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orthax.components._matricisation import Matricisation
+from orthax.components._rule import Decision, Rule, check_rule, decide
+
+_SHOWN = 10
+
+
+class Leaf(NamedTuple):
+    """One leaf of a tree, and how a rule cuts it."""
+
+    path: str
+    value: Any
+    cut: Matricisation | None
+
+
+class Decided(NamedTuple):
+    """One leaf of a tree with a rule's decision, or the error that it raised."""
+
+    path: str
+    value: Any
+    decision: Decision | None
+    error: str | None
+
+
+def resolve(tree: Any, rule: Rule) -> list[Leaf]:
+    """Return every leaf of a tree with its cut, in the order of `jax.tree.leaves`.
+
+    Args:
+      tree: arrays, or anything with a shape and a dtype.
+      rule: how leaves are cut.
+
+    Raises:
+      ValueError: if the rule cannot decide a leaf (all such leaves are named), a cut
+        does not fit its leaf, or the tree has floating leaves of rank 2 or more and
+        none of them is cut.
+      TypeError: if `rule` is no rule or a leaf is no array.
+
+    Limits:
+      Leaves that are not floating or complex (integers, PRNG keys, `float0`), of rank
+      below 2, of size one or empty are never shown to the rule, and never cut.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import components
+      >>> params = {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}}
+      >>> for path, _, cut in components.resolve(params, components.ByName()):
+      ...     print(path, cut and (cut.rows, cut.columns))
+      dense/bias None
+      dense/kernel ((0,), (1,))
+    """
+    decided = decide_all(tree, rule)
+    errors = [leaf.error for leaf in decided if leaf.error]
+    if errors:
+        more = len(errors) - _SHOWN
+        rest = [f"... and {more} more leaves."] if more > 0 else []
+        raise ValueError("\n".join(errors[:_SHOWN] + rest))
+    asked = [leaf for leaf in decided if can_be_cut(leaf.value)]
+    if asked and not any(leaf.decision.cut for leaf in asked):
+        shown = ", ".join(f"'{leaf.path}' {leaf.value.shape}" for leaf in asked[:3])
+        raise ValueError(
+            f"{rule!r} cuts no leaf of this tree, so nothing would be done. It has "
+            f"{len(asked)} leaves of rank 2 or more, among them {shown}: say with "
+            "components.ByPath([...]) or components.from_model(model) which are "
+            "matrices, or leave the tree out with optax.masked."
+        )
+    return [Leaf(leaf.path, leaf.value, leaf.decision.cut) for leaf in decided]
+
+
+def decide_all(tree: Any, rule: Rule) -> list[Decided]:
+    """Return every leaf with the rule's decision, or with the error it raised."""
+    check_rule(rule)
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [_decided(path_string(path), leaf, rule) for path, leaf in leaves]
+
+
+def _decided(path: str, leaf: Any, rule: Rule) -> Decided:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        if isinstance(leaf, bool | int | float | complex):
+            return Decided(path, leaf, Decision(None, "a scalar"), None)
+        raise TypeError(
+            f"Leaf '{path}' is {leaf!r} of type {type(leaf).__name__}, not an array: "
+            "pass the parameters alone (nnx.state(model, nnx.Param), "
+            "variables['params'], or eqx.filter(model, eqx.is_inexact_array))."
+        )
+    if not can_be_cut(leaf):
+        return Decided(path, leaf, Decision(None, _why_not(leaf)), None)
+    try:
+        decision = decide(rule, path, leaf)
+        if decision.cut is not None:
+            decision = decision._replace(cut=decision.cut.on(len(leaf.shape)))
+            decision.cut.matrices(leaf.shape)
+    except ValueError as error:
+        message = str(error)
+        if f"'{path}'" not in message:
+            message = f"Leaf '{path}' of shape {tuple(leaf.shape)}: {message}"
+        return Decided(path, leaf, None, message)
+    return Decided(path, leaf, decision, None)
+
+
+def can_be_cut(leaf: Any) -> bool:
+    """Return whether a rule is asked about a leaf."""
+    return hasattr(leaf, "shape") and _why_not(leaf) is None
+
+
+def _why_not(leaf: Any) -> str | None:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        return f"dtype {leaf.dtype}"
+    if len(leaf.shape) < 2:
+        return "rank below 2"
+    size = np.prod(leaf.shape)
+    if size < 2:
+        return "empty" if size == 0 else "size one"
+    return None
+
+
+def path_string(path: tuple[Any, ...]) -> str:
+    """Return a path as `"blocks/0/kernel"`, the same whatever the tree is made of.
+
+    NNX variables and Linen's boxes add a last attribute `value` in some trees (those
+    that `tx.init` is given) and not in others (those that `tx.update` is given).
+    """
+    last = path[-1] if path else None
+    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
+        path = path[:-1]
+    return "/".join(_key_string(key) for key in path)
+
+
+def _key_string(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,58 @@
+"""What a method is, and the steps that several of them share."""
+
+import math
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+
+@runtime_checkable
+class PolarMethod(Protocol):
+    """A way to compute polar factors; a frozen dataclass, never a callable.
+
+    `polar_factor` hands `factor` matrices that are ready: floating or complex of at
+    least 32 bits, finite, each of Frobenius norm one or zero. Write your own by giving
+    a frozen dataclass these two methods.
+    """
+
+    def factor(self, x: jax.Array) -> jax.Array:
+        """Return the polar factors of `x`, shape and dtype of `x`, `(b, m, n)`."""
+        ...
+
+    def flops(self, m: int, n: int) -> float:
+        """Return the leading-order operation count for one m x n matrix."""
+        ...
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply two stacks at full precision, also where the default is lower."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def adjoint(x: jax.Array) -> jax.Array:
+    """Return the conjugate transpose of every matrix of a stack."""
+    return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
+
+
+def rank_tolerance(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
+    """Return `max(m, n) eps`, numpy's and LAPACK's relative numerical rank."""
+    return max(shape[-2:]) * float(jnp.finfo(dtype).eps)
+
+
+def sides(m: int, n: int) -> tuple[int, int]:
+    """Return the short and the long side."""
+    return min(m, n), max(m, n)
+
+
+def check_positive_or_none(name: str, value: float | None) -> None:
+    """Raise unless `value` is None or a finite number above zero."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(
+            f"`{name}` must be a Python number or None, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"`{name}` must be finite and positive, got {value}.")

@@ -1,0 +1,301 @@
+"""Polar factors by odd matrix polynomials: Newton-Schulz in all its forms."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orthax.polar._coefficients import CLASSIC_QUINTIC, Table, polar_express
+from orthax.polar._method import adjoint, check_positive_or_none, sides
+
+# Aspect ratio from which the iteration on the small Gram matrix needs fewer
+# operations than the one on the matrix, for any number of restarts.
+_GRAM_ASPECT = 1.5
+# Most steps of an adaptive run: enough for a condition number of 1e7 in float32.
+_MOST_STEPS = 24
+_HALF = ("bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True)
+class NewtonSchulz:
+    r"""Approximate polar factors, by a composition of odd polynomials.
+
+    Every step maps the singular values by $p(\sigma) = a \sigma + b \sigma^3 (+ c
+    \sigma^5)$ and leaves the singular vectors alone; the table decides how near to one
+    they end. Only matrix products: the method for accelerators.
+
+    Attributes:
+      coefficients: one row `(a, b, c)` or `(a, b)` per step, first step first,
+        dimensionless; for singular values in [0, 1]. Default `polar_express()`.
+      gram: iterate on the Gram matrix of the short side and touch the long side only
+        at restarts. Default: at full precision, where the aspect ratio is 1.5 or more,
+        which is where it saves operations, and no `tolerance` is given.
+      restarts: after how many steps the Gram matrix is computed anew. Default: after 3,
+        8, 13 ... steps at full precision, after every second step below it: without,
+        rounding errors of the Gram iteration grow without bound.
+      dtype: round the inputs of every product to this dtype (`"bfloat16"`,
+        `"float16"`); sums, and the matrix itself, stay in the dtype worked in.
+      precision: `jax.lax.Precision` or its name, of every product; default the highest.
+      tolerance: stop each matrix when $\|A^2 - A\|_F \leq$ `tolerance`
+        $\sqrt{\mathrm{tr} A}$, $A = X X^H$, which holds for rank-deficient matrices
+        too; dimensionless. A matrix that has not reached it when the table ends goes
+        on with the classical polynomial, up to 24 steps in all. Default: no test, as
+        many steps as rows.
+
+    Raises:
+      ValueError: for an empty table, rows that are not all of length two or all of
+        three, numbers that are not finite, restarts that are not ascending steps
+        inside the table, restarts or `gram=True` where they would have no effect, a
+        `tolerance` that is not positive, an unknown dtype or precision.
+      TypeError: for coefficients that are not Python numbers (traced values cannot
+        shape a program), or a complex matrix with a half-precision `dtype`.
+
+    Limits:
+      A zero matrix gives zero. Singular values far below the `lower` of the table stay
+      small: with the default, those below 1e-3 of the Frobenius norm end between 0 and
+      one. Rounding noise in the null space is amplified by the product of the leading
+      coefficients, to about 4e-4 with the defaults in float32, to order one in half
+      precision. `tolerance` compiles to a `while_loop`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import polar
+      >>> x = jnp.array([[3.0, 0.0], [0.0, -0.1], [0.0, 0.0]])
+      >>> polar.polar_factor(x, polar.NewtonSchulz()).round(4).tolist()
+      [[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]]
+      >>> jordan = polar.NewtonSchulz(polar.JORDAN)  # Muon's: between 0.7 and 1.2
+      >>> abs(polar.polar_factor(x, jordan)[0, 0] - 1) > 0.1
+      Array(True, dtype=bool)
+
+    References:
+      Higham: "Functions of Matrices", SIAM 2008, Section 8.3; Amsel et al. 2025, arXiv
+      2505.16932 (optimal tables); Dao-AILab: "Gram Newton-Schulz", 2026,
+      https://github.com/Dao-AILab/gram-newton-schulz (iterating on the Gram matrix,
+      with restarts).
+    """
+
+    coefficients: Sequence[Sequence[float]] = dataclasses.field(
+        default_factory=polar_express
+    )
+    gram: bool | None = None
+    restarts: Sequence[int] | None = None
+    dtype: str | None = None
+    precision: str | jax.lax.Precision | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        set_ = object.__setattr__
+        set_(self, "coefficients", _checked_table(self.coefficients))
+        set_(self, "dtype", _checked_dtype(self.dtype))
+        set_(self, "precision", _checked_precision(self.precision))
+        check_positive_or_none("tolerance", self.tolerance)
+        if self.gram not in (None, True, False):
+            raise ValueError(f"`gram` must be None, True or False, got {self.gram!r}.")
+        if self.gram and self.tolerance is not None:
+            raise ValueError(
+                "`tolerance` tests the matrix itself after every step, which gram=True "
+                "does not form: write gram=False, or leave `tolerance` out."
+            )
+        if self.restarts is not None:
+            if self.gram is False or self.tolerance is not None:
+                raise ValueError(
+                    "`restarts` belongs to the Gram iteration and has no effect with "
+                    "gram=False or a `tolerance`: leave it out."
+                )
+            steps = len(self.coefficients)
+            set_(self, "restarts", _checked_restarts(self.restarts, steps))
+
+    def factor(self, x: jax.Array) -> jax.Array:
+        """Return the polar factors of a stack, `(b, m, n)`."""
+        if self.dtype is not None and jnp.iscomplexobj(x):
+            raise TypeError(
+                f"dtype={self.dtype!r} cannot hold complex matrices of dtype "
+                f"{x.dtype}: leave `dtype` out."
+            )
+        if self.tolerance is not None:
+            return self._adaptive(x)
+        if self._in_gram_space(*x.shape[-2:]):
+            return self._gram(x)
+        return self._direct(x)
+
+    def flops(self, m: int, n: int) -> float:
+        """Return the operations of all products, for one real m x n matrix."""
+        short, long = sides(m, n)
+        steps = len(self.coefficients)
+        squares = len(self.coefficients[0]) - 2
+        if self._in_gram_space(m, n):
+            segments = len(self._segments())
+            small = steps * (squares + 1) + 2 * (steps - segments) - segments
+            return 4.0 * segments * short**2 * long + 2.0 * small * short**3
+        return steps * (4.0 * short**2 * long + 2.0 * squares * short**3)
+
+    def _in_gram_space(self, m: int, n: int) -> bool:
+        if self.gram is not None:
+            return self.gram
+        if self.tolerance is not None or self._low_precision:
+            return False
+        short, long = sides(m, n)
+        return long >= _GRAM_ASPECT * short
+
+    @property
+    def _low_precision(self) -> bool:
+        return self.dtype is not None or self.precision != jax.lax.Precision.HIGHEST
+
+    def _segments(self) -> list[Table]:
+        """Return the table cut at the restarts."""
+        steps = len(self.coefficients)
+        cuts = self.restarts
+        if cuts is None:
+            cuts = range(2, steps, 2) if self._low_precision else range(3, steps, 5)
+        ends = [0, *cuts, steps]
+        return [self.coefficients[i:j] for i, j in itertools.pairwise(ends)]
+
+    def _matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        if self.dtype is None:
+            return jnp.matmul(a, b, precision=self.precision)
+        out = a.dtype
+        a, b = a.astype(self.dtype), b.astype(self.dtype)
+        return jnp.matmul(
+            a, b, precision=self.precision, preferred_element_type=out
+        ).astype(out)
+
+    def _gram_matrix(self, x: jax.Array) -> jax.Array:
+        wide = x.shape[-2] <= x.shape[-1]
+        return self._matmul(x, adjoint(x)) if wide else self._matmul(adjoint(x), x)
+
+    def _apply(self, p: jax.Array, a: jax.Array | float, x: jax.Array) -> jax.Array:
+        """Return `(p + a I) X`, on the side of X that is short."""
+        if not self._low_precision:
+            p, a = p + a * jnp.eye(p.shape[-1], dtype=p.dtype), None
+        wide = x.shape[-2] <= x.shape[-1]
+        y = self._matmul(p, x) if wide else self._matmul(x, p)
+        # Rounded inputs would lose the small singular values that `a` lifts.
+        return y if a is None else y + a * x
+
+    def _direct(self, x: jax.Array) -> jax.Array:
+        def step(x, row):
+            gram = self._gram_matrix(x)
+            p = row[1] * gram
+            if row.size == 3:
+                p += row[2] * self._matmul(gram, gram)
+            return self._apply(p, row[0], x), None
+
+        rows = np.asarray(self.coefficients, jnp.finfo(x.dtype).dtype)
+        return jax.lax.scan(step, x, rows)[0]
+
+    def _gram(self, x: jax.Array) -> jax.Array:
+        for rows in self._segments():
+            x = self._apply(*self._gram_segment(self._gram_matrix(x), rows), x)
+        return x
+
+    def _gram_segment(self, r: jax.Array, rows: Table) -> tuple[jax.Array, float]:
+        """Return `p` such that `p X` is X after `rows`, and 0, from R = X X^H.
+
+        R, and the product Q of the steps so far, are polynomials of one Hermitian
+        matrix: Hermitian themselves, and commuting. Rounding breaks both, and the
+        iteration amplifies what is broken, so every product is symmetrised.
+        """
+        eye = jnp.eye(r.shape[-1], dtype=r.dtype)
+        q = None
+        for i, row in enumerate(rows):
+            z = row[0] * eye + row[1] * r
+            if len(row) == 3:
+                z += row[2] * _hermitian(self._matmul(r, r))
+            q = z if q is None else _hermitian(self._matmul(q, z))
+            if i < len(rows) - 1:
+                r = _hermitian(self._matmul(z, self._matmul(r, z)))
+        return q, 0.0
+
+    def _adaptive(self, x: jax.Array) -> jax.Array:
+        real = jnp.finfo(x.dtype).dtype
+        classic = np.asarray(CLASSIC_QUINTIC[0], real)
+        rows = np.stack([classic] * _MOST_STEPS)
+        rows[: len(self.coefficients)] = 0
+        for i, row in enumerate(self.coefficients[:_MOST_STEPS]):
+            rows[i, : len(row)] = row
+        rows = jnp.asarray(rows)
+
+        def step(state):
+            i, x, _ = state
+            gram = self._gram_matrix(x)
+            square = self._matmul(gram, gram)
+            trace = jnp.trace(gram, axis1=-2, axis2=-1).real
+            distance = jnp.linalg.norm(square - gram, axis=(-2, -1))
+            done = distance <= self.tolerance * jnp.sqrt(trace)
+            # The rows of a table are made for one after another and do not fix one:
+            # a matrix that has arrived gets the classical step, which does.
+            row = jnp.where(done[:, None], classic, rows[i])[:, :, None, None]
+            p = row[:, 1] * gram + row[:, 2] * square
+            return i + 1, self._apply(p, row[:, 0], x), jnp.all(done)
+
+        def goes_on(state):
+            i, _, done = state
+            return (i < _MOST_STEPS) & ~done
+
+        return jax.lax.while_loop(goes_on, step, (0, x, jnp.array(False)))[1]
+
+
+def _hermitian(x: jax.Array) -> jax.Array:
+    return (x + adjoint(x)) / 2
+
+
+def _checked_table(coefficients: Sequence[Sequence[float]]) -> Table:
+    advice = (
+        "expected one row (a, b, c) or (a, b) of Python numbers per step, such as "
+        "polar.JORDAN or ((1.5, -0.5),) * 10"
+    )
+    try:
+        rows = tuple(tuple(float(c) for c in row) for row in coefficients)
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(f"`coefficients` is malformed: {advice} ({error}).") from None
+    except ValueError as error:
+        raise ValueError(f"`coefficients` is malformed: {advice} ({error}).") from None
+    lengths = {len(row) for row in rows}
+    if lengths not in ({2}, {3}):
+        raise ValueError(
+            f"`coefficients` has rows of length {sorted(lengths)}; {advice}."
+        )
+    for i, row in enumerate(rows):
+        if not all(map(math.isfinite, row)):
+            raise ValueError(f"`coefficients` row {i} is {row}, which is not finite.")
+    return rows
+
+
+def _checked_restarts(restarts: Sequence[int], steps: int) -> tuple[int, ...]:
+    cuts = tuple(restarts)
+    if not all(isinstance(r, int) and 0 < r < steps for r in cuts) or list(
+        cuts
+    ) != sorted(set(cuts)):
+        raise ValueError(
+            f"`restarts` must be ascending step counts between 1 and {steps - 1} for "
+            f"a table of {steps} rows, got {restarts!r}."
+        )
+    return cuts
+
+
+def _checked_dtype(dtype) -> str | None:
+    if dtype is None:
+        return None
+    name = jnp.dtype(dtype).name
+    if name not in _HALF:
+        raise ValueError(
+            f"`dtype` is what products are rounded to: one of {_HALF}, or None for the "
+            f"dtype of the matrix (float32 and up), got {name!r}."
+        )
+    return name
+
+
+def _checked_precision(precision) -> jax.lax.Precision:
+    if precision is None:
+        return jax.lax.Precision.HIGHEST
+    try:
+        return jax.lax.Precision(precision)
+    except ValueError:
+        raise ValueError(
+            f"`precision` must be a jax.lax.Precision or its name, such as 'highest', "
+            f"'high' or 'default', got {precision!r}."
+        ) from None

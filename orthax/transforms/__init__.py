@@ -1,0 +1,32 @@
+"""What happens to an update: gradient transformations for `optax.chain`."""
+
+from orthax.transforms._component_rms import (
+    ScaleByComponentRMSState as ScaleByComponentRMSState,
+    scale_by_component_rms as scale_by_component_rms,
+)
+from orthax.transforms._explain import (
+    Explanation as Explanation,
+    Row as Row,
+    explain as explain,
+)
+from orthax.transforms._momentum import (
+    NesterovEMAState as NesterovEMAState,
+    nesterov_ema as nesterov_ema,
+)
+from orthax.transforms._normalise import (
+    normalise as normalise,
+    normalise_components as normalise_components,
+)
+from orthax.transforms._orthogonalise import orthogonalise as orthogonalise
+from orthax.transforms._scale import (
+    ConvSpectral as ConvSpectral,
+    MaxDim as MaxDim,
+    NuclearNorm as NuclearNorm,
+    OriginalNorm as OriginalNorm,
+    RMSMatch as RMSMatch,
+    ShapeRule as ShapeRule,
+    Spectral as Spectral,
+    Width as Width,
+    restore_norm as restore_norm,
+    scale_by_shape as scale_by_shape,
+)

@@ -1,0 +1,118 @@
+"""Equalise the components of an update: NorMuon's second moment."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orthax import components
+
+
+class ScaleByComponentRMSState(NamedTuple):
+    """State of `scale_by_component_rms`.
+
+    Attributes:
+      nu: for every leaf that is cut, a tuple of running means of the squared entries
+        of each component, one array `(b, 1, n)` in float32 for each of its stacks; for
+        other leaves an empty tuple.
+    """
+
+    nu: Any
+
+
+def scale_by_component_rms(
+    b2: float = 0.95,
+    eps: float = 1e-8,
+    *,
+    rule: components.Rule = components.ByName(),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Divide every component by its running root mean square, and keep the norm.
+
+    Polar factors have equal singular values, but components (units, filters) of very
+    different length; this makes them alike: with the m x n update O and
+    $v \leftarrow \beta_2 v + (1 - \beta_2) \mathrm{mean}_{rows}(O \odot O)$, it
+    becomes $\hat O = O / (\sqrt{v} + \epsilon)$, scaled back to the Frobenius norm
+    of O. Put it behind `orthogonalise`.
+
+    Args:
+      b2: decay of the running mean, in [0, 1), dimensionless.
+      eps: added to the root mean square, dimensionless; entries of a full-rank polar
+        factor have root mean square `1 / sqrt(max(m, n))`.
+      rule: how leaves are cut into matrices; the same as for `orthogonalise`.
+
+    Returns:
+      A transformation with a `ScaleByComponentRMSState`.
+
+    Raises:
+      TypeError: if `rule` is no rule.
+      ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
+        none.
+
+    Limits:
+      A zero update gives zero. As in the paper there is no bias correction: the norm is
+      restored, and with it any common factor of v.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import orthax
+      >>> tx = orthax.transforms.scale_by_component_rms()
+      >>> updates = {"kernel": jnp.array([[3.0, 0.0], [0.0, 4.0]])}
+      >>> scaled, _ = tx.update(updates, tx.init(updates))
+      >>> scaled["kernel"].round(3).tolist()
+      [[3.536, 0.0], [0.0, 3.536]]
+
+    References:
+      Li, Liu, Liang, Chen, Zhao: "NorMuon: Making Muon more efficient and scalable",
+      2025, arXiv 2510.05491, Algorithm 1. There the result is scaled to a root mean
+      square of 0.2; here that is `scale_by_shape(RMSMatch(0.2))` behind it, the same
+      for updates of full rank.
+    """
+    components.check_rule(rule)
+
+    def init(params: optax.Params) -> ScaleByComponentRMSState:
+        nu = [
+            tuple(
+                jnp.zeros((b, 1, n), jnp.float32)
+                for b, _, n in leaf.cut.matrices(leaf.value.shape)
+            )
+            if leaf.cut
+            else ()
+            for leaf in components.resolve(params, rule)
+        ]
+        return ScaleByComponentRMSState(
+            jax.tree.unflatten(jax.tree.structure(params), nu)
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        structure = jax.tree.structure(updates)
+        values, moments = [], []
+        leaves = components.resolve(updates, rule)
+        for leaf, nu in zip(leaves, structure.flatten_up_to(state.nu), strict=True):
+            if leaf.cut is None:
+                values.append(leaf.value)
+                moments.append(nu)
+                continue
+            stacks = leaf.cut.fold(jnp.asarray(leaf.value))
+            done = [_equalised(x, v, b2, eps) for x, v in zip(stacks, nu, strict=True)]
+            values.append(leaf.cut.unfold([x for x, _ in done], leaf.value.shape))
+            moments.append(tuple(v for _, v in done))
+        nu = jax.tree.unflatten(structure, moments)
+        return jax.tree.unflatten(structure, values), ScaleByComponentRMSState(nu)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _equalised(
+    x: jax.Array, v: jax.Array, b2: float, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    square = jnp.mean(jnp.abs(work) ** 2, axis=-2, keepdims=True)
+    v = (b2 * v + (1 - b2) * square).astype(v.dtype)
+    out = work / (jnp.sqrt(v) + eps)
+    before, after = (
+        jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (work, out)
+    )
+    out = out * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
+    return out.astype(x.dtype), v

@@ -1,0 +1,68 @@
+"""The momentum of Muon: an averaged gradient that looks one step ahead."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class NesterovEMAState(NamedTuple):
+    """State of `nesterov_ema`.
+
+    Attributes:
+      step: how many updates there have been, int32, shape ().
+      ema: running mean of the updates, a tree like the parameters.
+    """
+
+    step: jax.Array
+    ema: optax.Updates
+
+
+def nesterov_ema(
+    decay: float = 0.95, accumulator_dtype: Any | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replace the update by its running mean, looked up one step ahead.
+
+    $m_t = \beta m_{t-1} + (1 - \beta) g_t$ gives $\beta m_t / (1 - \beta^{t+1})
+    + (1 - \beta) g_t / (1 - \beta^t)$, as in Nadam. Without the look-ahead this is
+    `optax.ema`, without the bias correction `optax.trace(nesterov=True)` up to a
+    factor, which an orthogonalisation behind it removes.
+
+    Args:
+      decay: $\beta$, in [0, 1), dimensionless.
+      accumulator_dtype: dtype of the running mean; default that of the parameters.
+
+    Returns:
+      A transformation with a `NesterovEMAState`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> tx = transforms.nesterov_ema(0.9)
+      >>> update, state = tx.update(jnp.array(1.0), tx.init(jnp.array(0.0)))
+      >>> round(float(update), 4)  # 0.9 * 0.1 / 0.19 + 0.1 / 0.1
+      1.4737
+
+    References:
+      Dozat: "Incorporating Nesterov Momentum into Adam", 2016, Algorithm 8; Jordan:
+      "Muon", 2024; the bias correction is that of `optax.contrib.muon`.
+    """
+
+    def init(params: optax.Params) -> NesterovEMAState:
+        ema = optax.tree.zeros_like(params, dtype=accumulator_dtype)
+        return NesterovEMAState(jnp.zeros([], jnp.int32), ema)
+
+    def update(updates, state, params=None, **extra_args):
+        del params, extra_args
+        step = optax.safe_increment(state.step)
+        ema = optax.tree.update_moment(updates, state.ema, decay, 1)
+        ahead = optax.tree.bias_correction(ema, decay, optax.safe_increment(step))
+        now = optax.tree.bias_correction(updates, decay, step)
+        looked_up = jax.tree.map(
+            lambda m, g: (decay * m + (1 - decay) * g).astype(g.dtype), ahead, now
+        )
+        ema = jax.tree.map(lambda new, old: new.astype(old.dtype), ema, state.ema)
+        return looked_up, NesterovEMAState(step, ema)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,107 @@
+"""The paper's two baselines: the gradient's scale removed, its directions kept."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from orthax import components
+from orthax.transforms._stateless import stateless
+
+
+def normalise(
+    *, rule: components.Rule = components.ByName(), safe: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Divide every gradient matrix by its Frobenius norm (N-SGD, "per tensor").
+
+    Args:
+      rule: how leaves are cut into matrices; leaves that it leaves alone pass through.
+      safe: leave a zero gradient at zero, and be exact at every scale. With `False`,
+        plain division as in the authors' code, which has no safeguard: a zero gradient
+        gives NaN.
+
+    Returns:
+      A stateless transformation.
+
+    Raises:
+      TypeError: if `rule` is no rule.
+      ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
+        none.
+
+    Limits:
+      NaN or infinity in a matrix gives NaN in all of it, and in no other.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import orthax
+      >>> tx = orthax.normalise()
+      >>> grads = {"kernel": jnp.array([[3.0, 0.0], [0.0, 4.0]])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["kernel"].round(4).tolist()
+      [[0.6, 0.0], [0.0, 0.8]]
+
+    References:
+      Tuddenham et al. 2022, arXiv 2202.07052, Section 3.1 (N-SGDM).
+    """
+    return _divided((-2, -1), rule, safe)
+
+
+def normalise_components(
+    *, rule: components.Rule = components.ByName(), safe: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Divide the gradient of every component by its Euclidean norm (CN-SGD).
+
+    A component is a column of the P x N gradient matrix: a filter, a unit.
+
+    Args:
+      rule: how leaves are cut into matrices; leaves that it leaves alone pass through.
+      safe: leave the zero gradient of a component at zero, and be exact at every
+        scale. With `False`, plain division as in the authors' code: a component
+        without gradient, such as an output class that never occurs, gives NaN, and
+        with it the divergence in the paper's Table 4.
+
+    Returns:
+      A stateless transformation.
+
+    Raises:
+      TypeError: if `rule` is no rule.
+      ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
+        none.
+
+    Limits:
+      NaN or infinity in a component gives NaN in all of it, and in no other.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import orthax
+      >>> tx = orthax.normalise_components()
+      >>> grads = {"kernel": jnp.array([[3.0, 0.0], [4.0, 0.0]])}
+      >>> updates, _ = tx.update(grads, tx.init(grads))
+      >>> updates["kernel"].round(4).tolist()
+      [[0.6, 0.0], [0.8, 0.0]]
+
+    References:
+      Tuddenham et al. 2022, arXiv 2202.07052, Section 3.1 and Table 4 (CN-SGDM).
+    """
+    return _divided(-2, rule, safe)
+
+
+def _divided(
+    axis: int | tuple[int, int], rule: components.Rule, safe: bool
+) -> optax.GradientTransformationExtraArgs:
+    components.check_rule(rule)
+
+    def divide(x: jax.Array) -> jax.Array:
+        work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if safe:
+            # First by the largest entry: squares of small entries would vanish.
+            largest = jnp.max(jnp.abs(work), axis=axis, keepdims=True)
+            work = work / jnp.where(largest == 0, 1, largest)
+        norm = jnp.linalg.norm(work, axis=axis, keepdims=True)
+        return (work / (jnp.where(norm == 0, 1, norm) if safe else norm)).astype(
+            x.dtype
+        )
+
+    def update(updates: optax.Updates) -> optax.Updates:
+        return components.map_matrices(divide, updates, rule)
+
+    return stateless(update, rule)

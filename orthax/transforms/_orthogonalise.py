@@ -1,0 +1,76 @@
+"""Replace every gradient matrix by its orthogonal polar factor."""
+
+import optax
+
+from orthax import components, polar
+from orthax.transforms._stateless import stateless
+
+
+def orthogonalise(
+    method: polar.PolarMethod = polar.Auto(),
+    *,
+    rule: components.Rule = components.ByName(),
+    stacking: components.Stacking = components.Stacking(),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Replace every gradient matrix by its orthogonal polar factor.
+
+    For a layer of N components with P parameters each, the gradient
+    $G \in \mathbb{R}^{P \times N}$ becomes the nearest matrix with orthonormal columns
+    (rows, where P < N): $O = U V^T$ for $G = U \Sigma V^T$. Put it before any
+    first-order optimiser, which is the paper, or behind a momentum, which is Muon.
+
+    Args:
+      method: how polar factors are computed.
+      rule: how leaves are cut into matrices; leaves that it leaves alone pass through.
+      stacking: how equal matrices are worked on together.
+
+    Returns:
+      A stateless transformation; `params` and extra arguments are not looked at. The
+      update keeps the dtype of the gradient and has spectral norm one per matrix:
+      the learning rate behind it is in units of spectral norm per step.
+
+    Raises:
+      TypeError: if `method`, `rule` or `stacking` is something else.
+      ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
+        none.
+
+    Limits:
+      Not linear: average over devices and accumulated batches first
+      (`optax.MultiSteps` around the chain does). Clipping before it changes nothing,
+      clipping behind it clips to the square root of the rank. A zero gradient gives a
+      zero update, and directions without gradient get none, except with
+      `polar.SVD(null_space="complete")` or `polar.QDWH()`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import orthax
+      >>> tx = optax.chain(orthax.orthogonalise(), optax.sgd(0.1, momentum=0.9))
+      >>> params = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+      >>> grads = {"dense": {"kernel": jnp.eye(3, 2) * 7, "bias": jnp.ones(2)}}
+      >>> updates, state = tx.update(grads, tx.init(params), params)
+      >>> (updates["dense"]["kernel"].round(4) + 0.0).tolist()
+      [[-0.1, 0.0], [0.0, -0.1], [0.0, 0.0]]
+
+    References:
+      Tuddenham, Pruegel-Bennett, Hare: "Orthogonalising gradients to speed up neural
+      network optimisation", 2022, arXiv 2202.07052, equations (3) to (7).
+    """
+    polar.check_method(method)
+    components.check_rule(rule)
+    if not isinstance(stacking, components.Stacking):
+        raise TypeError(
+            f"`stacking` must be a components.Stacking, got {stacking!r} of type "
+            f"{type(stacking).__name__}."
+        )
+
+    def update(updates: optax.Updates) -> optax.Updates:
+        return components.map_matrices(
+            lambda x: polar.polar_factor(x, method),
+            updates,
+            rule,
+            stacking=stacking,
+            commutes_with_transpose=True,
+        )
+
+    return stateless(update, rule)

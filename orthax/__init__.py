@@ -4,6 +4,7 @@ import importlib.metadata
 
 from orthax import (
     components as components,
+    diagnostics as diagnostics,
     optimisers as optimisers,
     polar as polar,
     transforms as transforms,

@@ -12,8 +12,8 @@ ATTENTION_CUTS = ("whole", "per_head", "heads")
 _PROJECTIONS = ("query", "key", "value", "out")
 _KERNELS = ("kernel", "w")
 _VECTORS = re.compile(
-    r"(^|_)(bias|b|scale|offset|gamma|beta|mean|var|norm|g|negative_slope|A_log|D)$"
-    r"|^bias_"
+    r"(^|_)(bias|scale|offset|gamma|beta|mean|var|norm|negative_slope|A_log)$"
+    r"|^(bias_.*|b|g|D)$"
 )
 _TABLES = re.compile(r"embed|^pos(ition)?(_|$)|(^|_)(cls|tokens?)(_|$)|^cls$", re.I)
 # Linen writes the class into the names that it makes up.
@@ -69,12 +69,15 @@ class ByName:
         check_attention(self.attention)
         stacked = []
         for entry in _sequence("stacked", self.stacked):
-            name, axis = (entry, 0) if isinstance(entry, str) else entry
-            if not isinstance(name, str) or not isinstance(axis, int):
+            pair = (entry, 0) if isinstance(entry, str) else entry
+            if not (
+                isinstance(pair, Sequence)
+                and [type(part) for part in pair] == [str, int]
+            ):
                 raise TypeError(
                     f"`stacked` holds names or pairs (name, axis), got {entry!r}."
                 )
-            stacked.append((name, axis))
+            stacked.append(tuple(pair))
         skip = _sequence("skip", self.skip)
         if not all(isinstance(name, str) for name in skip):
             raise TypeError(f"`skip` holds names, got {self.skip!r}.")
@@ -91,7 +94,7 @@ class ByName:
         if any(_position(name, parts) is not None for name in self.skip):
             return Decision(None, "skipped by name")
         axes = self._unstacked(path, parts, len(leaf.shape))
-        found = _by_name(parts, len(axes), self.attention)
+        found = _by_name(parts, [leaf.shape[axis] for axis in axes], self.attention)
         if isinstance(found, str):
             raise ValueError(_ambiguous(path, leaf, found))
         if found.cut is None:
@@ -117,10 +120,9 @@ class ByName:
         return axes
 
 
-def _by_name(parts: list[str], rank: int, attention: str) -> Decision | str:
+def _by_name(parts: list[str], shape: list[int], attention: str) -> Decision | str:
     """Decide by names and rank, stacked axes not counted, or say what is wrong."""
-    name = parts[-1]
-    parent = parts[-2] if len(parts) > 1 else ""
+    name, rank = parts[-1], len(shape)
     if rank < 2:
         return Decision(None, "rank below 2")
     if _VECTORS.search(name):
@@ -128,7 +130,7 @@ def _by_name(parts: list[str], rank: int, attention: str) -> Decision | str:
     if _TABLES.search(name):
         return Decision(None, f"{name!r} is an embedding or a table")
     if name in _KERNELS:
-        return _kernel(parts, parent, rank, attention)
+        return _kernel(parts, shape, attention)
     if name == "weight":
         return (
             "'weight' is what Equinox calls embeddings and layers alike: use "
@@ -142,10 +144,23 @@ def _by_name(parts: list[str], rank: int, attention: str) -> Decision | str:
     return Decision(Matricisation((0,), (1,)), reason, guess=True)
 
 
-def _kernel(parts: list[str], parent: str, rank: int, attention: str) -> Decision | str:
-    modules = parts[:-1]
+def _kernel(parts: list[str], shape: list[int], attention: str) -> Decision | str:
+    rank, parent = len(shape), parts[-2] if len(parts) > 1 else ""
     if rank == 2:
-        return Decision(Matricisation((0,), (1,)), "dense kernel")
+        cut = Matricisation((0,), (1,))
+        if parent in _PROJECTIONS and attention != "whole":
+            reason = "dense kernel; if this is attention its heads are fused: cut whole"
+            return Decision(cut, reason, guess=True)
+        return Decision(cut, "dense kernel")
+    if "depthwise" in parent.lower():
+        return Decision(None, "depthwise convolution, by its module's name")
+    if _CONV_LOCAL.search(parent):
+        cut = Matricisation((rank - 2,), (rank - 1,))
+        return Decision(cut, "unshared convolution, by its module's name")
+    if parts[-1] == "w" and "transpose" in parent.lower():  # Haiku: (*taps, out, in)
+        taps = tuple(range(rank - 2))
+        cut = Matricisation((*taps, rank - 1), (rank - 2,), spatial=taps)
+        return Decision(cut, "transposed convolution, by its module's name")
     if rank == 3:
         if parent not in _PROJECTIONS:
             return (
@@ -154,21 +169,23 @@ def _kernel(parts: list[str], parent: str, rank: int, attention: str) -> Decisio
             )
         cut = attention_cut(parent == "out", attention)
         return Decision(cut, f"attention {parent}, {attention}")
-    if any("depthwise" in module.lower() for module in modules):
-        return Decision(None, "depthwise convolution, by its module's name")
+    return _convolution(parent, shape)
+
+
+def _convolution(parent: str, shape: list[int]) -> Decision | str:
+    rank = len(shape)
     if parent in (*_PROJECTIONS, "qkv"):
         return f"a kernel of rank {rank} below {parent!r} is no convolution"
-    if any(_CONV_LOCAL.search(module) for module in modules):
-        return Decision(
-            Matricisation((rank - 2,), (rank - 1,)), "unshared convolution, by name"
-        )
     if rank > 5:
         return f"a kernel of rank {rank} is no convolution that Flax or Haiku has"
     taps = tuple(range(rank - 2))
-    if parts[-1] == "w" and "transpose" in parent.lower():  # Haiku: (*taps, out, in)
-        cut = Matricisation((*taps, rank - 1), (rank - 2,), spatial=taps)
-        return Decision(cut, "transposed convolution, by its module's name")
     cut = Matricisation((*taps, rank - 2), (rank - 1,), spatial=taps)
+    if shape[-2] == 1:
+        reason = "convolution kernel; one input channel, as depthwise kernels have"
+        return Decision(cut, reason, guess=True)
+    if rank == 5:
+        reason = "3-d convolution kernel; stacked 2-d kernels look alike"
+        return Decision(cut, reason, guess=True)
     return Decision(cut, "convolution kernel")
 
 

@@ -1,20 +1,18 @@
-"""The rule that asks the model: NNX and Equinox layers, by their classes.
-
-No framework is imported: a layer is recognised by the name of its class and the
-package the class comes from, its axes are read off its attributes.
-"""
+"""The rule that asks the model: the leaves of NNX and Equinox modules, by path."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from orthax.components._by_name import ByName, attention_cut, check_attention
+import jax
+
+from orthax.components._by_name import ByName, check_attention
+from orthax.components._layers import framework_of, leaves_of
 from orthax.components._matricisation import Matricisation
 from orthax.components._rule import Decision, checked_patterns, match
-
-# A layer's leaves: name below the layer -> rank of the unstacked leaf, and its cut or
-# the reason why there is none.
-_Layer = dict[str, tuple[int, Matricisation | str]]
+from orthax.components._tree import path_string
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +45,13 @@ class FromModel:
         found = match(self.overrides, path, leaf)
         if found is not None:
             return found
-        known = next((entry for entry in self.decisions if entry[0] == path), None)
-        if known is None:
+        if path not in self._by_path:
             raise ValueError(
                 f"The model given to from_model has no leaf '{path}': build the rule "
                 "from the model whose parameters are trained, or add the leaf to "
                 "`overrides`."
             )
-        _, rank, decision = known
+        rank, decision = self._by_path[path]
         if rank != len(leaf.shape):
             raise ValueError(
                 f"Leaf '{path}' of shape {tuple(leaf.shape)} has rank {rank} in the "
@@ -62,8 +59,20 @@ class FromModel:
             )
         if decision is not None:
             return decision
-        found = ByName(attention=self.attention).decide(path, leaf)
+        try:
+            found = ByName(attention=self.attention).decide(path, leaf)
+        except ValueError:
+            raise ValueError(
+                f"Leaf '{path}' of shape {tuple(leaf.shape)} belongs to a module that "
+                "from_model does not know, and its name does not tell its axes: say "
+                f"what they are with overrides=[({re.escape(path)!r}, "
+                "Matricisation(rows=..., columns=...))], or None to leave it alone."
+            ) from None
         return found._replace(reason=f"{found.reason}; its module is not known")
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, tuple[int, Decision | None]]:
+        return {path: (rank, decision) for path, rank, decision in self.decisions}
 
 
 def from_model(
@@ -110,15 +119,16 @@ def from_model(
     """
     check_attention(attention)
     found: dict[str, tuple[int, Decision | None]] = {}
-    if not _walk(model, "", attention, found, ()):
+    overrides = checked_patterns(overrides)
+    if isinstance(model, type) or not _walk(model, (), attention, found, ()):
         raise TypeError(_no_module(model))
     decisions = tuple((path, *entry) for path, entry in found.items())
-    return FromModel(decisions, attention, checked_patterns(tuple(overrides)))
+    return FromModel(decisions, attention, overrides)
 
 
 def _walk(
     node: Any,
-    path: str,
+    path: tuple[Any, ...],
     attention: str,
     found: dict[str, tuple[int, Decision | None]],
     above: tuple[int, ...],
@@ -126,28 +136,36 @@ def _walk(
     """Record the leaves below a node; return whether a module was among them."""
     if id(node) in above:  # NNX graphs may have cycles
         return False
-    is_module = _framework(type(node)) is not None
-    if is_module:
-        _record_layer(node, path, attention, found)
-    for name, child in _children(node, is_module):
-        below = f"{path}/{name}" if path else str(name)
-        if hasattr(child, "shape") and hasattr(child, "dtype"):
-            found.setdefault(below, (len(child.shape), None))
+    has_module = framework_of(type(node)) is not None
+    if has_module:
+        _record_layer(node, path_string(path), attention, found)
+    for key, child in _children(node):
+        below = (*path, key)
+        if _is_array(child):
+            found.setdefault(path_string(below), (len(child.shape), None))
         else:
-            found_below = _walk(child, below, attention, found, (*above, id(node)))
-            is_module = found_below or is_module
-    return is_module
+            module_below = _walk(child, below, attention, found, (*above, id(node)))
+            has_module = module_below or has_module
+    return has_module
 
 
-def _children(node: Any, is_module: bool) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, Mapping):
-        yield from ((str(name), child) for name, child in node.items())
-    elif isinstance(node, Sequence) and not isinstance(node, str | bytes):
-        yield from ((str(i), child) for i, child in enumerate(node))
-    elif is_module:
+def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Return the children of a node with the keys that jax or NNX gives them."""
+    if framework_of(type(node)) != "nnx":
+        below = lambda child: child is not node  # noqa: E731
+        pairs, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=below)
+        yield from ((path[0], child) for path, child in pairs if path)
+    elif isinstance(node, Sequence):
+        yield from ((jax.tree_util.SequenceKey(i), x) for i, x in enumerate(node))
+    else:
         for name, child in vars(node).items():
             if not name.startswith("_pytree__"):
-                yield name, child
+                yield jax.tree_util.DictKey(name), child
+
+
+def _is_array(x: Any) -> bool:
+    # nnx.Rngs has every attribute that it is asked for; an array's shape is a tuple.
+    return isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype")
 
 
 def _record_layer(
@@ -156,22 +174,32 @@ def _record_layer(
     attention: str,
     found: dict[str, tuple[int, Decision | None]],
 ) -> None:
-    for cls in type(node).__mro__:
-        read = _LAYERS.get((_framework(cls), cls.__name__))
-        if read is None:
+    layer, leaves = leaves_of(node, attention)
+    for name, (rank, cut) in leaves.items():
+        leaf = node
+        for part in name.split("/"):
+            leaf = getattr(leaf, part, None)
+        if not _is_array(leaf):
             continue
-        reason = f"{cls.__module__.split('.')[0]} {cls.__name__}"
-        for name, (rank, cut) in read(node, attention).items():
-            leaf = node
-            for part in name.split("/"):
-                leaf = getattr(leaf, part, None)
-            if not hasattr(leaf, "shape"):
-                continue
-            below = f"{path}/{name}" if path else name
-            decision = _decision(cut, reason, len(leaf.shape) - rank)
-            # What a layer says of its parts goes before what they say themselves.
-            found.setdefault(below, (len(leaf.shape), decision))
+        below = f"{path}/{name}" if path else name
+        _check_leading(node, below, leaf.shape)
+        decision = _decision(cut, layer, len(leaf.shape) - rank)
+        # What a layer says of its parts goes before what they say themselves.
+        found.setdefault(below, (len(leaf.shape), decision))
+
+
+def _check_leading(layer: Any, path: str, shape: tuple[int, ...]) -> None:
+    """Raise if the axes that a stacked dense layer has besides are not leading."""
+    sizes = [getattr(layer, name, None) for name in ("in_features", "out_features")]
+    if type(layer).__name__ != "Linear" or not all(isinstance(n, int) for n in sizes):
         return
+    if len(shape) > 2 and sorted(shape[-2:]) != sorted(sizes):
+        raise ValueError(
+            f"Leaf '{path}' of shape {shape} belongs to a layer from {sizes[0]} to "
+            f"{sizes[1]} features, but its last two axes are others: from_model takes "
+            "stacked axes to be leading. Say what they are with overrides=[(regex, "
+            "Matricisation(rows=..., columns=...))]."
+        )
 
 
 def _decision(cut: Matricisation | str, reason: str, extra: int) -> Decision:
@@ -185,18 +213,14 @@ def _decision(cut: Matricisation | str, reason: str, extra: int) -> Decision:
     return Decision(cut, reason)
 
 
-def _framework(cls: type) -> str | None:
-    for base in cls.__mro__:
-        for prefix, framework in (("flax.nnx", "nnx"), ("equinox", "equinox")):
-            is_module = base.__name__ == "Module" or base is cls
-            if is_module and base.__module__.startswith(prefix):
-                return framework
-    return None
-
-
 def _no_module(model: Any) -> str:
-    kind = f"{type(model).__module__}.{type(model).__name__}"
-    if kind.startswith(("flax", "haiku")) or "haiku" in kind:
+    cls = model if isinstance(model, type) else type(model)
+    kind = f"{cls.__module__}.{cls.__name__}"
+    if isinstance(model, type):
+        return f"from_model was given the class {kind}: give it a model, an instance."
+    if kind.startswith("haiku") or any(
+        base.__module__.startswith("flax.linen") for base in cls.__mro__
+    ):
         return (
             f"from_model was given a {kind}: Linen and Haiku modules do not hold their "
             "parameters, so their axes cannot be read off them. Use "
@@ -206,127 +230,3 @@ def _no_module(model: Any) -> str:
         f"from_model needs an NNX or Equinox module, or containers of them, got {kind}."
         " For a tree of arrays use components.ByName() or components.ByPath([...])."
     )
-
-
-def _cut(rows: Sequence[int], columns: Sequence[int], **kwargs: Any) -> Matricisation:
-    return Matricisation(tuple(rows), tuple(columns), **kwargs)
-
-
-def _nnx_general(layer: Any, attention: str) -> _Layer:
-    b, i, o = len(layer.batch_axis), len(layer.in_features), len(layer.out_features)
-    cut = _cut(range(b, b + i), range(b + i, b + i + o))
-    return {"kernel": (b + i + o, cut), "bias": (b + o, "bias")}
-
-
-def _nnx_einsum(layer: Any, attention: str) -> _Layer:
-    """Cut by the letters: contracted are rows, only in the output are columns."""
-    inputs, output = layer.einsum_str.replace(" ", "").split("->")
-    x, kernel = inputs.split(",")
-    rows = [i for i, a in enumerate(kernel) if a in x and a not in output]
-    columns = [i for i, a in enumerate(kernel) if a not in x and a in output]
-    cut = _cut(rows, columns) if rows and columns else "no matrix product"
-    return {"kernel": (len(kernel), cut), "bias": (len(layer.bias_shape or ()), "bias")}
-
-
-def _nnx_conv(layer: Any, attention: str) -> _Layer:
-    taps = tuple(range(len(layer.kernel_size)))
-    groups = layer.feature_group_count
-    cut = _cut((*taps, len(taps)), (len(taps) + 1,), groups=groups, spatial=taps)
-    if groups > 1 and groups == layer.in_features:
-        cut = "depthwise"
-    return {"kernel": (len(taps) + 2, cut)}
-
-
-def _nnx_conv_transpose(layer: Any, attention: str) -> _Layer:
-    taps = tuple(range(len(layer.kernel_size)))
-    i, o = (1, 0) if layer.transpose_kernel else (0, 1)
-    cut = _cut((*taps, len(taps) + i), (len(taps) + o,), spatial=taps)
-    return {"kernel": (len(taps) + 2, cut)}
-
-
-def _nnx_attention(layer: Any, attention: str) -> _Layer:
-    cuts = {name: attention_cut(False, attention) for name in ("query", "key", "value")}
-    cuts["out"] = attention_cut(True, attention)
-    return {f"{name}/kernel": (3, cut) for name, cut in cuts.items()}
-
-
-def _fused_dense(blocks: int) -> Callable[[Any, str], _Layer]:
-    cut = _cut((0,), (1,), blocks=blocks)
-    leaves = {f"{name}/kernel": (2, cut) for name in ("dense_i", "dense_h")}
-    return lambda layer, attention: leaves
-
-
-def _fused_weights(blocks: int) -> Callable[[Any, str], _Layer]:
-    cut = _cut((1,), (0,), blocks=blocks)
-    leaves = dict.fromkeys(("weight_ih", "weight_hh"), (2, cut))
-    return lambda layer, attention: leaves
-
-
-def _fixed(**leaves: tuple[int, Matricisation | str]) -> Callable[[Any, str], _Layer]:
-    return lambda layer, attention: leaves
-
-
-def _eqx_conv(layer: Any, attention: str) -> _Layer:
-    d, groups = layer.num_spatial_dims, layer.groups
-    taps = tuple(range(2, d + 2))
-    cut = _cut((1, *taps), (0,), groups=groups, spatial=taps)
-    if groups > 1 and groups == layer.in_channels:
-        cut = "depthwise"
-    return {"weight": (d + 2, cut), "bias": (d + 1, "bias")}
-
-
-def _eqx_attention(layer: Any, attention: str) -> _Layer:
-    if attention == "heads":
-        raise ValueError(
-            'attention="heads" makes a head a component, but Equinox fuses heads and '
-            'their features in one axis: use "whole" or "per_head".'
-        )
-    if attention == "whole":
-        return {}
-    heads = layer.num_heads
-    cut = _cut((1,), (0,), blocks=heads)
-    leaves: _Layer = {
-        f"{name}_proj/weight": (2, cut) for name in ("query", "key", "value")
-    }
-    out = _cut((1,), (0,), blocks=heads, split="rows")
-    return {**leaves, "output_proj/weight": (2, out)}
-
-
-def _vectors(reason: str, *names: str) -> Callable[[Any, str], _Layer]:
-    # Whatever their rank: norms over several axes have parameters of several axes.
-    return lambda layer, attention: {
-        name: (len(leaf.shape), reason)
-        for name in names
-        if hasattr(leaf := getattr(layer, name, None), "shape")
-    }
-
-
-_DENSE = _cut((0,), (1,))
-_LAYERS: dict[tuple[str | None, str], Callable[[Any, str], _Layer]] = {
-    ("nnx", "Linear"): _fixed(kernel=(2, _DENSE)),
-    ("nnx", "LinearGeneral"): _nnx_general,
-    ("nnx", "Einsum"): _nnx_einsum,
-    ("nnx", "Conv"): _nnx_conv,
-    ("nnx", "ConvTranspose"): _nnx_conv_transpose,
-    ("nnx", "Embed"): _vectors("a lookup", "embedding"),
-    ("nnx", "MultiHeadAttention"): _nnx_attention,
-    ("nnx", "LoRA"): _fixed(lora_a=(2, _DENSE), lora_b=(2, _DENSE)),
-    ("nnx", "OptimizedLSTMCell"): _fused_dense(4),
-    ("nnx", "GRUCell"): _fused_dense(3),
-    ("equinox", "Linear"): _fixed(weight=(2, _cut((1,), (0,)))),
-    ("equinox", "Conv"): _eqx_conv,
-    ("equinox", "ConvTranspose"): _eqx_conv,
-    ("equinox", "MultiheadAttention"): _eqx_attention,
-    ("equinox", "Embedding"): _vectors("a lookup", "weight"),
-    ("equinox", "LSTMCell"): _fused_weights(4),
-    ("equinox", "GRUCell"): _fused_weights(3),
-    ("equinox", "WeightNorm"): _vectors("a norm", "g"),
-    **{
-        (framework, name): _vectors("a norm", "scale", "weight", "bias")
-        for framework, names in {
-            "nnx": ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm"),
-            "equinox": ("BatchNorm", "LayerNorm", "RMSNorm", "GroupNorm"),
-        }.items()
-        for name in names
-    },
-}

@@ -44,7 +44,14 @@ def decide(rule: Rule, path: str, leaf: Any) -> Decision:
 
 
 def check_rule(rule: Rule) -> None:
-    """Raise unless `rule` is an instance of a rule."""
+    """Raise unless `rule` is an instance of a rule.
+
+    Args:
+      rule: anything.
+
+    Raises:
+      TypeError: if it is a class, has no `resolve`, or is callable.
+    """
     found = f"`rule` must be a rule such as components.ByName(), got {rule!r}"
     if isinstance(rule, type):
         raise TypeError(f"{found}: a class; write {rule.__name__}().")

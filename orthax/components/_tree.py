@@ -36,6 +36,9 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
       tree: arrays, or anything with a shape and a dtype.
       rule: how leaves are cut.
 
+    Returns:
+      One `Leaf(path, value, cut)` for each leaf; `cut` is None where it is left alone.
+
     Raises:
       ValueError: if the rule cannot decide a leaf (all such leaves are named), a cut
         does not fit its leaf, or the tree has floating leaves of rank 2 or more and
@@ -74,7 +77,17 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
 
 
 def decide_all(tree: Any, rule: Rule) -> list[Decided]:
-    """Return every leaf with the rule's decision, or with the error it raised."""
+    """Return every leaf with the rule's decision, or with the error it raised.
+
+    What `resolve` does, without raising: for `explain`.
+
+    Args:
+      tree: arrays, or anything with a shape and a dtype.
+      rule: how leaves are cut.
+
+    Raises:
+      TypeError: if `rule` is no rule or a leaf is no array.
+    """
     check_rule(rule)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [_decided(path_string(path), leaf, rule) for path, leaf in leaves]

@@ -7,7 +7,9 @@ singular values in `[0, 1]`. Every number is dimensionless.
 
 import functools
 import math
+from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 Row = tuple[float, ...]
@@ -163,3 +165,26 @@ def _minimax(low: float, high: float) -> Row:
         if done:
             break
     return float(a), float(b), float(c)
+
+
+def checked_table(coefficients: Sequence[Sequence[float]]) -> Table:
+    """Return a table as tuples of floats, or raise at what is malformed."""
+    advice = (
+        "expected one row (a, b, c) or (a, b) of Python numbers per step, such as "
+        "polar.JORDAN or ((1.5, -0.5),) * 10"
+    )
+    try:
+        rows = tuple(tuple(float(c) for c in row) for row in coefficients)
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(f"`coefficients` is malformed: {advice} ({error}).") from None
+    except ValueError as error:
+        raise ValueError(f"`coefficients` is malformed: {advice} ({error}).") from None
+    lengths = {len(row) for row in rows}
+    if lengths not in ({2}, {3}):
+        raise ValueError(
+            f"`coefficients` has rows of length {sorted(lengths)}; {advice}."
+        )
+    for i, row in enumerate(rows):
+        if not all(map(math.isfinite, row)):
+            raise ValueError(f"`coefficients` row {i} is {row}, which is not finite.")
+    return rows

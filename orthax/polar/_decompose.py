@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def one_by_one(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
@@ -22,3 +23,13 @@ def one_by_one(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
         return jax.lax.platform_dependent(x, cpu=in_turn, default=batched)
 
     return stacked
+
+
+def thin_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return `u, s, vh` of every matrix of a stack, singular values descending."""
+    return one_by_one(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))(x)
+
+
+def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return ascending eigenvalues, and vectors, of a stack of Hermitian matrices."""
+    return one_by_one(lambda a: tuple(jnp.linalg.eigh(a)))(x)

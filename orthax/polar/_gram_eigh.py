@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from orthax.polar._decompose import one_by_one
+from orthax.polar._decompose import eigh
 from orthax.polar._method import (
     adjoint,
     check_positive_or_none,
@@ -59,7 +59,7 @@ class GramEigh:
         """Return the polar factors of a stack, `(b, m, n)`."""
         wide = x.shape[-2] < x.shape[-1]
         gram = matmul(x, adjoint(x)) if wide else matmul(adjoint(x), x)
-        values, v = one_by_one(lambda a: tuple(jnp.linalg.eigh(a)))(gram)
+        values, v = eigh(gram)
         tol = self.rank_tol or rank_tolerance(x.shape, x.dtype) ** 0.5
         kept = values > tol**2 * values[:, -1:]
         inverse = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)

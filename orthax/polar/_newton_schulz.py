@@ -2,14 +2,18 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthax.polar._coefficients import CLASSIC_QUINTIC, Table, polar_express
+from orthax.polar._coefficients import (
+    CLASSIC_QUINTIC,
+    Table,
+    checked_table,
+    polar_express,
+)
 from orthax.polar._method import adjoint, check_positive_or_none, sides
 
 # Aspect ratio from which the iteration on the small Gram matrix needs fewer
@@ -32,11 +36,11 @@ class NewtonSchulz:
       coefficients: one row `(a, b, c)` or `(a, b)` per step, first step first,
         dimensionless; for singular values in [0, 1]. Default `polar_express()`.
       gram: iterate on the Gram matrix of the short side and touch the long side only
-        at restarts. Default: at full precision, where the aspect ratio is 1.5 or more,
-        which is where it saves operations, and no `tolerance` is given.
-      restarts: after how many steps the Gram matrix is computed anew. Default: after 3,
-        8, 13 ... steps at full precision, after every second step below it: without,
-        rounding errors of the Gram iteration grow without bound.
+        at restarts. Default: where it can be and where the aspect ratio is 1.5 or more,
+        which is where it saves operations. It amplifies rounding, so it needs
+        `precision` high or highest, no `dtype` and no `tolerance`.
+      restarts: after how many steps the Gram matrix is computed anew; default after 3,
+        8, 13 ... steps. Without, rounding errors of the Gram iteration grow.
       dtype: round the inputs of every product to this dtype (`"bfloat16"`,
         `"float16"`); sums, and the matrix itself, stay in the dtype worked in.
       precision: `jax.lax.Precision` or its name, of every product; default the highest.
@@ -89,22 +93,24 @@ class NewtonSchulz:
 
     def __post_init__(self):
         set_ = object.__setattr__
-        set_(self, "coefficients", _checked_table(self.coefficients))
+        set_(self, "coefficients", checked_table(self.coefficients))
         set_(self, "dtype", _checked_dtype(self.dtype))
         set_(self, "precision", _checked_precision(self.precision))
         check_positive_or_none("tolerance", self.tolerance)
         if self.gram not in (None, True, False):
             raise ValueError(f"`gram` must be None, True or False, got {self.gram!r}.")
-        if self.gram and self.tolerance is not None:
+        if self.gram and not self._gram_is_safe:
             raise ValueError(
-                "`tolerance` tests the matrix itself after every step, which gram=True "
-                "does not form: write gram=False, or leave `tolerance` out."
+                "gram=True needs `precision` high or highest, no `dtype` and no "
+                "`tolerance`: lower precision makes it diverge, and the matrix that "
+                "`tolerance` tests is not formed. Write gram=False, or leave them out."
             )
         if self.restarts is not None:
-            if self.gram is False or self.tolerance is not None:
+            if self.gram is False or not self._gram_is_safe:
                 raise ValueError(
                     "`restarts` belongs to the Gram iteration and has no effect with "
-                    "gram=False or a `tolerance`: leave it out."
+                    "gram=False, a `dtype`, a `tolerance` or low `precision`: leave it "
+                    "out."
                 )
             steps = len(self.coefficients)
             set_(self, "restarts", _checked_restarts(self.restarts, steps))
@@ -136,10 +142,13 @@ class NewtonSchulz:
     def _in_gram_space(self, m: int, n: int) -> bool:
         if self.gram is not None:
             return self.gram
-        if self.tolerance is not None or self._low_precision:
-            return False
         short, long = sides(m, n)
-        return long >= _GRAM_ASPECT * short
+        return self._gram_is_safe and long >= _GRAM_ASPECT * short
+
+    @property
+    def _gram_is_safe(self) -> bool:
+        precise = self.precision != jax.lax.Precision.DEFAULT
+        return precise and self.dtype is None and self.tolerance is None
 
     @property
     def _low_precision(self) -> bool:
@@ -148,9 +157,7 @@ class NewtonSchulz:
     def _segments(self) -> list[Table]:
         """Return the table cut at the restarts."""
         steps = len(self.coefficients)
-        cuts = self.restarts
-        if cuts is None:
-            cuts = range(2, steps, 2) if self._low_precision else range(3, steps, 5)
+        cuts = range(3, steps, 5) if self.restarts is None else self.restarts
         ends = [0, *cuts, steps]
         return [self.coefficients[i:j] for i, j in itertools.pairwise(ends)]
 
@@ -236,33 +243,13 @@ class NewtonSchulz:
             i, _, done = state
             return (i < _MOST_STEPS) & ~done
 
-        return jax.lax.while_loop(goes_on, step, (0, x, jnp.array(False)))[1]
+        # False, since x is finite; under shard_map it must vary over devices like x.
+        not_done = jnp.any(jnp.isnan(x))
+        return jax.lax.while_loop(goes_on, step, (0, x, not_done))[1]
 
 
 def _hermitian(x: jax.Array) -> jax.Array:
     return (x + adjoint(x)) / 2
-
-
-def _checked_table(coefficients: Sequence[Sequence[float]]) -> Table:
-    advice = (
-        "expected one row (a, b, c) or (a, b) of Python numbers per step, such as "
-        "polar.JORDAN or ((1.5, -0.5),) * 10"
-    )
-    try:
-        rows = tuple(tuple(float(c) for c in row) for row in coefficients)
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
-        raise TypeError(f"`coefficients` is malformed: {advice} ({error}).") from None
-    except ValueError as error:
-        raise ValueError(f"`coefficients` is malformed: {advice} ({error}).") from None
-    lengths = {len(row) for row in rows}
-    if lengths not in ({2}, {3}):
-        raise ValueError(
-            f"`coefficients` has rows of length {sorted(lengths)}; {advice}."
-        )
-    for i, row in enumerate(rows):
-        if not all(map(math.isfinite, row)):
-            raise ValueError(f"`coefficients` row {i} is {row}, which is not finite.")
-    return rows
 
 
 def _checked_restarts(restarts: Sequence[int], steps: int) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from orthax.polar._auto import Auto
-from orthax.polar._method import PolarMethod, adjoint, matmul
-from orthax.polar._svd import in_range, thin_svd
+from orthax.polar._decompose import eigh
+from orthax.polar._method import PolarMethod, adjoint, matmul, rank_tolerance
+from orthax.polar._svd import SVD
 
 
 def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.Array:
@@ -35,11 +36,11 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
       for the exception). NaN or infinity in a matrix gives NaN in all of that matrix
       and in no other. An empty stack or matrix comes back as it is.
 
-      Differentiable once, in both modes, by the derivative of the exact factor
-      whatever the method, for which an SVD is computed. It is finite everywhere: at
-      equal singular values, where it exists, and at rank-deficient matrices, where
-      the factor is not differentiable and the derivative along matrices of the same
-      rank is given, zero at a zero matrix.
+      Differentiable in both modes and to any order, by the derivative of the exact
+      factor whatever the method, for which an SVD is computed. It is finite
+      everywhere: at equal singular values, where it exists, and at rank-deficient
+      matrices, where the factor is not differentiable and the derivative along
+      matrices of the same rank is given, zero at a zero matrix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,7 +72,14 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
 
 
 def check_method(method: PolarMethod) -> None:
-    """Raise unless `method` is an instance of a polar method."""
+    """Raise unless `method` is an instance of a polar method.
+
+    Args:
+      method: anything.
+
+    Raises:
+      TypeError: if it is a class, a string, has no `factor` and `flops`, or is callable.
+    """
     found = f"`method` must be a polar method such as polar.Auto(), got {method!r}"
     if isinstance(method, type):
         raise TypeError(f"{found}: a class; write {method.__name__}().")
@@ -94,8 +102,9 @@ def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Arr
     """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
 
     Two divisions, by the largest entry and by the norm of the rest: squares of entries
-    beyond 1e19 or below 1e-23 would leave float32. A matrix that is not finite is
-    replaced by zero, so that no iteration ever meets one.
+    beyond 1e19 or below 1e-23 would leave float32. The factor does not depend on them:
+    derivatives take them for constants. A matrix that is not finite is replaced by
+    zero, so that no iteration ever meets one.
     """
     axes = (-2, -1)
     largest = jnp.max(jnp.abs(x.real), axis=axes, keepdims=True)
@@ -104,47 +113,69 @@ def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Arr
         largest = jnp.maximum(largest, imaginary)
     finite = jnp.isfinite(largest)
     x = jnp.where(finite, x, 0)
-    largest = jnp.where(finite & (largest > 0), largest, 1)
+    largest = jax.lax.stop_gradient(jnp.where(finite & (largest > 0), largest, 1))
     x = x / largest
     norm = jnp.sqrt(jnp.sum(x.real**2 + x.imag**2, axis=axes, keepdims=True))
-    norm = jnp.where(norm > 0, norm, 1)
+    norm = jax.lax.stop_gradient(jnp.where(norm > 0, norm, 1))
     return x / norm, (largest, norm), finite
 
 
 @_factor.defjvp
 def _factor_jvp(method, primals, tangents):
-    r"""Differentiate the exact factor.
+    r"""Differentiate the exact factor, of a tall X = U P; a wide one is turned.
 
-    With $X = U \Sigma V^H$ and $E = U^H dX V$, the Sylvester equation
-    $P \Omega + \Omega P = U^H dX - dX^H U$ gives
-    $d(U V^H) = U [(E - E^H)_{ij} / (\sigma_i + \sigma_j)] V^H
-    + (I - U U^H) dX V \Sigma^{-1} V^H$ where tall, and its mirror image where wide
-    (Higham 2008, Section 8.2 and Problem 8.16). Directions below the numerical rank
-    are held at zero: next to them the term is $E_{ij} / \sigma_i$.
+    $dU = U \Omega + (I - U U^H) dX P^{-1}$, where $\Omega$ solves the Sylvester
+    equation $P \Omega + \Omega P = U^H dX - dX^H U$ (Higham 2008, Section 8.2 and
+    Problem 8.16), with inverses on the range of P alone. U is itself differentiable
+    and the equations are solved implicitly, so that every order follows.
     """
     (x,), (dx,) = primals, tangents
     unit, divisors, finite = _normalised(x)
     for divisor in divisors:
         dx = dx / divisor
     dx = jnp.where(finite, dx, 0)
-    u, s, vh = thin_svd(unit)
-    v = adjoint(vh)
-    alive = in_range(s, unit)
-    inverse = jnp.where(alive, 1 / jnp.where(alive, s, 1), 0)
-    e = matmul(matmul(adjoint(u), dx), v)
-    both = alive[:, :, None] & alive[:, None, :]
-    total = jnp.where(both, s[:, :, None] + s[:, None, :], 1)
-    inner = jnp.where(both, (e - adjoint(e)) / total, 0)
-    # One of the two directions dead: s_i counts alone, from whichever side is alive.
-    beside = e * (inverse[:, :, None] + inverse[:, None, :])
-    inner += jnp.where(both, 0, beside)
-    out = matmul(matmul(u, inner), vh)
-    m, n = x.shape[-2:]
-    if m > n:
-        rest = dx - matmul(u, matmul(adjoint(u), dx))
-        out += matmul(matmul(rest, v) * inverse[:, None, :], vh)
-    elif m < n:
-        rest = dx - matmul(matmul(dx, v), vh)
-        out += matmul(u, inverse[:, :, None] * matmul(adjoint(u), rest))
+    wide = x.shape[-2] < x.shape[-1]
+    if wide:
+        unit, dx = unit.mT, dx.mT
+    u = _factor(unit, SVD())
+    k = matmul(adjoint(u), dx)
+    sylvester, division = _solvers(matmul(adjoint(u), unit), unit.shape)
+    du = matmul(u, sylvester(k - adjoint(k))) + division(dx - matmul(u, k))
     primal = _factor(x, method)
-    return primal, jnp.where(finite, out, jnp.nan).astype(primal.dtype)
+    du = jnp.where(finite, du.mT if wide else du, jnp.nan)
+    return primal, du.astype(primal.dtype)
+
+
+def _solvers(p: jax.Array, shape: tuple[int, ...]):
+    """Return the solvers of `p z + z p = b` and `z p = b` for Hermitian p."""
+    p = (p + adjoint(p)) / 2
+    values, v = eigh(jax.lax.stop_gradient(p))
+    alive = values > rank_tolerance(shape, p.dtype) * values[:, -1:]
+    values = jnp.where(alive, values, 0)
+
+    def inverse(x: jax.Array) -> jax.Array:
+        return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
+
+    sums = inverse(values[:, :, None] + values[:, None, :])
+
+    def solver(matvec, solve):
+        # p is Hermitian: its transpose is its conjugate.
+        return lambda b: jax.lax.custom_linear_solve(
+            matvec,
+            b,
+            lambda _, b: solve(b),
+            transpose_solve=lambda _, b: solve(b.conj()).conj(),
+        )
+
+    return (
+        solver(
+            lambda z: matmul(p, z) + matmul(z, p),
+            lambda b: matmul(
+                v, matmul(sums * matmul(matmul(adjoint(v), b), v), adjoint(v))
+            ),
+        ),
+        solver(
+            lambda z: matmul(z, p),
+            lambda b: matmul(matmul(b, v) * inverse(values)[:, None, :], adjoint(v)),
+        ),
+    )

@@ -24,7 +24,8 @@ class QDWH:
     Limits:
       Completes the null space with arbitrary directions, of length anywhere in [0, 1];
       a zero matrix gives zero. A `while_loop` inside: the slowest matrix of a stack
-      decides on an accelerator. Slow to compile.
+      decides on an accelerator. Slow to compile. Inside `jax.shard_map` it needs
+      `check_vma=False`.
 
     Example:
       >>> import jax.numpy as jnp

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from orthax.polar._decompose import one_by_one
+from orthax.polar._decompose import thin_svd
 from orthax.polar._method import (
     check_positive_or_none,
     matmul,
@@ -75,7 +75,8 @@ class SVD:
         """Return the polar factors of a stack, `(b, m, n)`."""
         u, s, vh = thin_svd(x)
         if self.null_space == "zero":
-            u = jnp.where(in_range(s, x, self.rank_tol)[:, None, :], u, 0)
+            tol = self.rank_tol or rank_tolerance(x.shape, x.dtype)
+            u = jnp.where((s > tol * s[:, :1])[:, None, :], u, 0)
         return matmul(u, vh)
 
     def flops(self, m: int, n: int) -> float:
@@ -85,14 +86,3 @@ class SVD:
         """
         short, long = sides(m, n)
         return 8.0 * short**2 * long + 20.0 * short**3
-
-
-def thin_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `u, s, vh` of every matrix of a stack, singular values descending."""
-    return one_by_one(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))(x)
-
-
-def in_range(s: jax.Array, x: jax.Array, rank_tol: float | None = None) -> jax.Array:
-    """Return which of the singular values `s` of `x` are above its numerical rank."""
-    tol = rank_tolerance(x.shape, x.dtype) if rank_tol is None else rank_tol
-    return s > tol * s[..., :1]

@@ -1,0 +1,89 @@
+"""Our own signatures and docstrings, inspected."""
+
+import inspect
+
+import pytest
+
+import orthax
+from orthax import components, diagnostics, optimisers, polar, transforms
+
+ROOMS = {
+    "polar": polar,
+    "components": components,
+    "transforms": transforms,
+    "optimisers": optimisers,
+    "diagnostics": diagnostics,
+}
+PUBLIC = {
+    f"{room}.{name}": value
+    for room, module in ROOMS.items()
+    for name, value in vars(module).items()
+    if not name.startswith("_")
+    and (inspect.isfunction(value) or inspect.isclass(value))
+    and value.__module__.startswith(f"orthax.{room}")
+}
+FUNCTIONS = {name: value for name, value in PUBLIC.items() if inspect.isfunction(value)}
+NAMES_AT_THE_ROOT = [
+    *("polar_factor", "orthogonalise", "orthogonalize", "explain", "scale_by_shape"),
+    *("normalise", "normalise_components", "muon", "normuon"),
+    *("orthogonal_sgd", "orthogonal_adam", "orthogonal_lars"),
+    *("polar", "components", "transforms", "optimisers", "diagnostics"),
+]
+each = pytest.mark.parametrize("name", PUBLIC)
+each_function = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+def test_there_is_something_to_inspect():
+    assert {"polar.polar_factor", "transforms.orthogonalise", "optimisers.muon"} <= set(
+        FUNCTIONS
+    )
+    assert len(PUBLIC) > 40
+
+
+def test_root_names_are_those_of_the_design():
+    for name in NAMES_AT_THE_ROOT:
+        assert hasattr(orthax, name)
+    assert orthax.orthogonalize is orthax.orthogonalise
+
+
+@each
+def test_documented(name):
+    text = inspect.getdoc(PUBLIC[name])
+    assert text
+    assert len(text.splitlines()[0]) <= 80
+    assert text.splitlines()[0].rstrip().endswith((".", ":"))
+
+
+@each_function
+def test_arguments_documented_annotated_and_keyword_only(name):
+    function = FUNCTIONS[name]
+    text = inspect.getdoc(function)
+    parameters = inspect.signature(function).parameters.values()
+    # Optimisers keep the order of optax's, whose hyper-parameters are positional.
+    positional_defaults = 4 if name.startswith("optimisers.") else 2
+    count = 0
+    for parameter in parameters:
+        assert parameter.annotation is not parameter.empty, parameter
+        assert f"{parameter.name}:" in text, f"{parameter.name} is not documented"
+        if parameter.default is not parameter.empty:
+            count += parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    assert count <= positional_defaults
+    assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+
+
+# Checks that raise, or plain look-ups: nothing to show.
+WITHOUT_EXAMPLE = {
+    "components.check_rule",
+    "components.decide_all",
+    "polar.check_method",
+}
+
+
+@each_function
+def test_sections(name):
+    text = inspect.getdoc(FUNCTIONS[name])
+    if name in WITHOUT_EXAMPLE:
+        return
+    assert ">>> " in text, "no example"
+    for section in ("Args:", "Returns:", "Example:"):
+        assert section in text, f"no section {section}"

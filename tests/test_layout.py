@@ -1,0 +1,93 @@
+"""The rooms and the arrows between them, read off the code."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1] / "orthax"
+# What each room may import, besides the standard library and numpy.
+ALLOWED = {
+    "polar": {"jax"},
+    "components": {"jax"},
+    "transforms": {"jax", "polar", "components", "optax"},
+    "low_rank": {"jax", "polar", "components", "optax"},
+    "diagnostics": {"jax", "polar", "components"},
+    "nn": {"jax", "polar", "flax"},
+    "optimisers": {"jax", "transforms", "components", "polar", "optax"},
+}
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+
+
+def room_of(path):
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Return (top package, full module) of every import; `orthax.x` for our own."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[0], alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            if node.module == "orthax":
+                yield from (("orthax", f"orthax.{alias.name}") for alias in node.names)
+            else:
+                yield node.module.split(".")[0], node.module
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_only_from_floors_below(path):
+    room = room_of(path)
+    for package, module in imports(path):
+        if package == "orthax":
+            target = module.split(".")[1]
+            if target == room:
+                continue
+            assert target in ALLOWED[room], f"{room} may not import {target}"
+            assert module.count(".") == 1, (
+                f"{module}: import {target} by its public names"
+            )
+        elif package not in sys.stdlib_module_names and package != "numpy":
+            assert package in ALLOWED[room], f"{room} may not import {package}"
+
+
+def test_modules_are_private_and_names_say_something():
+    for path in FILES:
+        inside_room = len(path.relative_to(ROOT).parts) > 1
+        if inside_room and path.name != "__init__.py":
+            assert path.name.startswith("_")
+        assert path.stem.strip("_") not in (
+            "utils",
+            "helpers",
+            "common",
+            "misc",
+            "base",
+        )
+
+
+def test_import_is_light():
+    program = (
+        "import orthax, sys; print(*sorted({m.split('.')[0] for m in sys.modules}))"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "jax" in loaded
+    assert not {"flax", "equinox", "haiku", "chex", "tensorflow", "sklearn"} & set(
+        loaded
+    )
+
+
+def test_the_other_orthax_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / "orthax-0.2.11.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: orthax\nVersion: 0.2.11\n"
+    (tmp_path / "orthax-0.2.11.dist-info" / "METADATA").write_text(metadata)
+    program = f"import sys; sys.path.append({str(tmp_path)!r}); import orthax"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "ImportError: The distribution 'orthax' 0.2.11" in done.stderr
+    assert "pip install orthax-optim" in done.stderr

@@ -2,6 +2,7 @@
 
 What is said of the leaves of a tree comes as a dictionary by path, `"conv/kernel"`;
 what is said of matrices has one entry for each, in the order in which the leaf folds.
+Everything works under `jit`; matrices and activations that are sharded are gathered.
 """
 
 from orthax.diagnostics._gradients import (

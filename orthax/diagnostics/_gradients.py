@@ -156,6 +156,6 @@ def _unit(x: Any) -> jax.Array:
     # First by the largest entry: squares of small entries would vanish.
     largest = jnp.max(jnp.abs(x), initial=0)
     x = x / jnp.where(largest > 0, largest, 1)
-    norm = jnp.linalg.norm(x.ravel())
+    norm = jnp.sqrt(jnp.sum(jnp.abs(x) ** 2))
     x = x / jnp.where(norm > 0, norm, 1)
     return jnp.where(jnp.isfinite(largest), x, jnp.nan)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from orthax import components, polar
-from orthax.diagnostics._trees import by_path, check_same_leaves, working
+from orthax.diagnostics._trees import by_path, check_same_leaves, gathered
 
 _MATRIX = (-2, -1)
 
@@ -270,10 +270,9 @@ def _measured(
     """Call `f` on the stacks of every leaf, and join what it says of their matrices."""
     found = {}
     for path in trees[0]:
-        stacks = zip(
-            *(tree[path].cut.fold(working(tree[path].value)) for tree in trees),
-            strict=True,
-        )
+        leaves = [tree[path] for tree in trees]
+        folded = (leaf.cut.fold(gathered(leaf.value)) for leaf in leaves)
+        stacks = zip(*folded, strict=True)
         answers = [_where_finite(f, options, *stack) for stack in stacks]
         found[path] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *answers)
     return found

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from orthax.diagnostics._trees import working
+from orthax.diagnostics._trees import gathered
 
 
 class RepresentationCosines(NamedTuple):
@@ -77,7 +77,7 @@ def representation_cosines(
     """
     x = jnp.asarray(activations)
     _check_activations(x, component_axis)
-    x = jnp.moveaxis(working(x), component_axis, -1)
+    x = jnp.moveaxis(gathered(x), component_axis, -1)
     batch, components = x.shape[0], x.shape[-1]
     positions = math.prod(x.shape[1:-1])
     stacks, length = (batch, positions) if per_sample else (1, batch * positions)

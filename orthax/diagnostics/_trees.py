@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from orthax import components
@@ -55,10 +56,24 @@ def check_same_leaves(
             )
 
 
-def working(x: Any) -> Any:
+def working(x: Any) -> jax.Array:
     """Return an array in float32 or complex64 at least."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def gathered(x: Any) -> jax.Array:
+    """Return `working(x)`, replicated if its type says that it is sharded.
+
+    On a mesh of explicit axes a decomposition, or a product over a sharded axis, is an
+    error; on one of automatic axes the compiler gathers what it must.
+    """
+    x = working(x)
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    spec = jax.sharding.PartitionSpec()
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def _is_floating(leaf: Any) -> bool:

@@ -67,7 +67,7 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
         return x
     work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     batch = math.prod(x.shape[:-2])
-    out = _factor(work.reshape(batch, *x.shape[-2:]), method)
+    out = _compiled(work.reshape(batch, *x.shape[-2:]), method)
     return out.reshape(x.shape).astype(x.dtype)
 
 
@@ -96,6 +96,10 @@ def check_method(method: PolarMethod) -> None:
 def _factor(x: jax.Array, method: PolarMethod) -> jax.Array:
     unit, _, finite = _normalised(x)
     return jnp.where(finite, method.factor(unit), jnp.nan)
+
+
+# Compiled once for each shape and method, also where polar_factor is called eagerly.
+_compiled = jax.jit(_factor, static_argnames="method")
 
 
 def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:

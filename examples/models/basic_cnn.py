@@ -1,0 +1,58 @@
+"""The small convolutional network of the paper, BasicCNN."""
+
+import jax
+from flax import nnx
+
+
+class BasicCNN(nnx.Module):
+    """Three convolutions with batch normalisation, and a dense head.
+
+    With three channels, 32x32 images and strides of 2 it is the BasicCNN of the paper
+    (24,714 parameters for ten classes). Batch normalisation keeps nine tenths of its
+    running statistics at every step, PyTorch's default: flax's own, 99 hundredths, is
+    too slow for evaluation after the few steps of one epoch on a small data set.
+
+    Args:
+      shape: height, width and channels of an image.
+      classes: number of classes.
+      strides: strides of the three convolutions.
+      features: channels of every convolution.
+      rngs: random streams of the initial weights.
+
+    References:
+      Tuddenham, Prügel-Bennett, Hare: "Orthogonalising gradients to speed up neural
+      network optimisation", 2022. https://arxiv.org/abs/2202.07052. Section 3.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        *,
+        strides: tuple[int, int, int] = (2, 2, 2),
+        features: int = 32,
+        rngs: nnx.Rngs,
+    ):
+        height, width, channels = shape
+        for stride in strides:
+            height, width = -(-height // stride), -(-width // stride)
+
+        def convolution(channels: int, stride: int) -> nnx.Conv:
+            return nnx.Conv(
+                channels, features, (3, 3), strides=stride, padding=1, rngs=rngs
+            )
+
+        self.conv1 = convolution(channels, strides[0])
+        self.norm1 = nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+        self.conv2 = convolution(features, strides[1])
+        self.norm2 = nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+        self.conv3 = convolution(features, strides[2])
+        self.norm3 = nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+        self.head = nnx.Linear(height * width * features, classes, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Return the logits `(n, classes)` of images `(n, height, width, channels)`."""
+        x = nnx.relu(self.norm1(self.conv1(images)))
+        x = nnx.relu(self.norm2(self.conv2(x)))
+        x = nnx.relu(self.norm3(self.conv3(x)))
+        return self.head(x.reshape(x.shape[0], -1))

@@ -78,6 +78,10 @@ class Results:
         """Return the row of a run, given its `KEY` columns; None if not finished."""
         return self._rows.get(tuple(key[name] for name in KEY))
 
+    def rows(self) -> list[Row]:
+        """Return the rows of all finished runs, in the order of the file."""
+        return list(self._rows.values())
+
     def append(self, row: Row) -> None:
         """Write the row of a finished run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,14 +157,14 @@ def gather(rows: Iterable[Row]) -> list[Arm]:
     ]
 
 
-def spread(values: np.ndarray) -> str:
+def spread(values: np.ndarray, digits: int = 3) -> str:
     """Return the mean and its standard error, or how many runs diverged."""
     if lost := int(np.isnan(values).sum()):
         return f"diverged {lost}/{len(values)}"
     if len(values) == 1:
-        return f"{values[0]:.3f}"
+        return f"{values[0]:.{digits}f}"
     error = values.std(ddof=1) / math.sqrt(len(values))
-    return f"{values.mean():.3f} ± {error:.3f}"
+    return f"{values.mean():.{digits}f} ± {error:.{digits}f}"
 
 
 def make_table(arms: Sequence[Arm]) -> str:

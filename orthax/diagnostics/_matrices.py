@@ -15,7 +15,7 @@ _MATRIX = (-2, -1)
 
 
 class SingularValues(NamedTuple):
-    """The singular values of the matrices of a leaf in six numbers; shapes (matrices,).
+    """The singular values of each matrix of a leaf, in six numbers, shape (matrices,).
 
     Attributes:
       largest: the spectral norm, unit of the entries.

@@ -177,7 +177,7 @@ class NewtonSchulz:
     def _apply(self, p: jax.Array, a: jax.Array | float, x: jax.Array) -> jax.Array:
         """Return `(p + a I) X`, on the side of X that is short."""
         if not self._low_precision:
-            p, a = p + a * jnp.eye(p.shape[-1], dtype=p.dtype), None
+            p, a = p + a * jnp.eye(p.shape[-1], dtype=p.dtype)[None], None
         wide = x.shape[-2] <= x.shape[-1]
         y = self._matmul(p, x) if wide else self._matmul(x, p)
         # Rounded inputs would lose the small singular values that `a` lifts.
@@ -206,7 +206,7 @@ class NewtonSchulz:
         matrix: Hermitian themselves, and commuting. Rounding breaks both, and the
         iteration amplifies what is broken, so every product is symmetrised.
         """
-        eye = jnp.eye(r.shape[-1], dtype=r.dtype)
+        eye = jnp.eye(r.shape[-1], dtype=r.dtype)[None]
         q = None
         for i, row in enumerate(rows):
             z = row[0] * eye + row[1] * r

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import flax
 import haiku as hk
 import jax
 import jax.numpy as jnp
@@ -819,15 +820,18 @@ NNX = [
         by_name(stacked=("layers/0",)),
     ),
 ]
+# Since 0.12.9 the scales of nnx.WeightNorm are parameters under a key of their own.
+FLAX = tuple(int(part) for part in flax.__version__.split(".")[:3])
+NNX_SCALES = {"scales/('kernel',)": None} if FLAX >= (0, 12, 9) else {}
 # Younger than the oldest Flax that is supported.
 if hasattr(nnx, "WeightNorm"):
     NNX += [
         from_nnx(
             name,
             lambda r, norm=getattr(nnx, name): norm(nnx.Linear(6, 5, rngs=r), rngs=r),
-            below("layer_instance", kernel(DENSE)),
+            below("layer_instance", kernel(DENSE)) | more,
         )
-        for name in ("WeightNorm", "SpectralNorm")
+        for name, more in (("WeightNorm", NNX_SCALES), ("SpectralNorm", {}))
     ]
     NNX += [
         from_nnx("PReLU", lambda r: nnx.PReLU(), {"negative_slope": None}),

@@ -13,20 +13,22 @@ from orthax.transforms._momentum import (
     NesterovEMAState as NesterovEMAState,
     nesterov_ema as nesterov_ema,
 )
+from orthax.transforms._norm import (
+    NuclearNorm as NuclearNorm,
+    OriginalNorm as OriginalNorm,
+    restore_norm as restore_norm,
+)
 from orthax.transforms._normalise import (
     normalise as normalise,
     normalise_components as normalise_components,
 )
 from orthax.transforms._orthogonalise import orthogonalise as orthogonalise
-from orthax.transforms._scale import (
+from orthax.transforms._shape import (
     ConvSpectral as ConvSpectral,
     MaxDim as MaxDim,
-    NuclearNorm as NuclearNorm,
-    OriginalNorm as OriginalNorm,
     RMSMatch as RMSMatch,
     ShapeRule as ShapeRule,
     Spectral as Spectral,
     Width as Width,
-    restore_norm as restore_norm,
     scale_by_shape as scale_by_shape,
 )

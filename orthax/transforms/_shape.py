@@ -1,8 +1,8 @@
-"""Scale every matrix of an update by what its shape, or its input, says."""
+"""Scale every matrix of an update by a factor of its shape."""
 
 import dataclasses
 import math
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -171,106 +171,3 @@ def scale_by_shape(
         return jax.tree.unflatten(jax.tree.structure(updates), values)
 
     return stateless(update, rule)
-
-
-@dataclasses.dataclass(frozen=True)
-class OriginalNorm:
-    """Give the update the Frobenius norm of its input, matrix by matrix."""
-
-    def factor(self, before: jax.Array, after: jax.Array) -> jax.Array:
-        """Return one factor for each matrix of a stack, `(b, 1, 1)`."""
-        norm = _frobenius(after)
-        return jnp.where(norm > 0, _frobenius(before) / jnp.where(norm > 0, norm, 1), 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class NuclearNorm:
-    """Multiply the update by its inner product with its input, matrix by matrix.
-
-    For the exact polar factor this is the nuclear norm of the input, and the result is
-    the steepest-descent step in the spectral norm.
-
-    References:
-      Bernstein, Newhouse: "Old Optimizer, New Norm: An Anthology", 2024, arXiv
-      2409.20325, Proposition 5.
-    """
-
-    def factor(self, before: jax.Array, after: jax.Array) -> jax.Array:
-        """Return one factor for each matrix of a stack, `(b, 1, 1)`."""
-        inner = before.real * after.real + before.imag * after.imag
-        return jnp.sum(inner, axis=(-2, -1), keepdims=True)
-
-
-def restore_norm(
-    inner: optax.GradientTransformation,
-    norm: OriginalNorm | NuclearNorm = OriginalNorm(),
-    *,
-    rule: components.Rule = components.ByName(),
-) -> optax.GradientTransformationExtraArgs:
-    """Wrap a transformation, and give its update a size taken from its input.
-
-    `restore_norm(orthogonalise())` keeps the size of the gradient, which
-    `orthogonalise` discards, and with it a step that shrinks near a minimum.
-
-    Args:
-      inner: the transformation, usually `orthogonalise(...)`.
-      norm: `OriginalNorm()` or `NuclearNorm()`.
-      rule: how leaves are cut into matrices; the same as for `inner`.
-
-    Returns:
-      A transformation with the state of `inner`.
-
-    Raises:
-      TypeError: if `inner` is no transformation, `norm` no norm rule, `rule` no rule.
-      ValueError: from `update`, if the rule cannot decide a leaf or cuts none.
-
-    Limits:
-      Norms are computed in float32 at least; they overflow where the squared entries
-      of the input do (1e19 in float32).
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> import orthax
-      >>> tx = orthax.transforms.restore_norm(orthax.orthogonalise())
-      >>> grads = {"kernel": jnp.array([[3.0, 0.0], [0.0, 4.0]])}
-      >>> updates, _ = tx.update(grads, tx.init(grads))
-      >>> updates["kernel"].round(4).tolist()  # both singular values alike, norm 5
-      [[3.5355, 0.0], [0.0, 3.5355]]
-    """
-    components.check_rule(rule)
-    if not isinstance(inner, optax.GradientTransformation):
-        raise TypeError(
-            "`inner` must be a gradient transformation such as "
-            f"orthax.orthogonalise(), got {inner!r}."
-        )
-    if isinstance(norm, type) or not hasattr(norm, "factor"):
-        raise TypeError(
-            f"`norm` must be OriginalNorm() or NuclearNorm(), got {norm!r}."
-        )
-    inner = optax.with_extra_args_support(inner)
-
-    def restored(before: components.Leaf, after: Any) -> jax.Array:
-        stacks = []
-        for x, y in zip(
-            before.cut.fold(before.value), before.cut.fold(after), strict=True
-        ):
-            work = jnp.promote_types(y.dtype, jnp.float32)
-            factor = norm.factor(x.astype(work), y.astype(work))
-            stacks.append((factor * y).astype(y.dtype))
-        return before.cut.unfold(stacks, after.shape)
-
-    def update(updates, state, params=None, **extra_args):
-        after, state = inner.update(updates, state, params, **extra_args)
-        values = [
-            restored(leaf, y) if leaf.cut else y
-            for leaf, y in zip(
-                components.resolve(updates, rule), jax.tree.leaves(after), strict=True
-            )
-        ]
-        return jax.tree.unflatten(jax.tree.structure(after), values), state
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _frobenius(x: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)

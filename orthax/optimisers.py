@@ -368,8 +368,8 @@ def _matrices_and_rest(
         return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     return optax.chain(
-        optax.masked(matrices, lambda tree: mask(True, tree)),
-        optax.masked(rest, lambda tree: mask(False, tree)),
+        transforms.masked(matrices, lambda tree: mask(True, tree)),
+        transforms.masked(rest, lambda tree: mask(False, tree)),
     )
 
 

@@ -78,7 +78,7 @@ def check_method(method: PolarMethod) -> None:
       method: anything.
 
     Raises:
-      TypeError: if it is a class or a string, lacks `factor` or `flops`, or is callable.
+      TypeError: if it is a class or a string, lacks `factor` or `flops` or is callable.
     """
     found = f"`method` must be a polar method such as polar.Auto(), got {method!r}"
     if isinstance(method, type):

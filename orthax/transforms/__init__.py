@@ -9,6 +9,7 @@ from orthax.transforms._explain import (
     Row as Row,
     explain as explain,
 )
+from orthax.transforms._masked import Hidden as Hidden, masked as masked
 from orthax.transforms._momentum import (
     NesterovEMAState as NesterovEMAState,
     nesterov_ema as nesterov_ema,

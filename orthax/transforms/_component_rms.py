@@ -1,5 +1,6 @@
 """Equalise the components of an update: NorMuon's second moment."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,15 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from orthax import components
+from orthax.transforms._masked import Hidden
 
 
 class ScaleByComponentRMSState(NamedTuple):
     """State of `scale_by_component_rms`.
 
     Attributes:
-      nu: for every leaf that is cut, a tuple of running means of the squared entries
-        of each component, one array `(b, 1, n)` in float32 for each of its stacks; for
-        other leaves an empty tuple.
+      nu: for every leaf that is cut, the running means of the squared entries of all
+        its components, one float32 vector, stack after stack; for other leaves an
+        `optax.MaskedNode`. A tree like the parameters: NNX puts each of its leaves
+        into a variable of its own.
     """
 
     nu: Any
@@ -72,12 +75,9 @@ def scale_by_component_rms(
 
     def init(params: optax.Params) -> ScaleByComponentRMSState:
         nu = [
-            tuple(
-                jnp.zeros((b, 1, n), jnp.float32)
-                for b, _, n in leaf.cut.matrices(leaf.value.shape)
-            )
+            jnp.zeros(sum(b * n for b, _, n in _shapes(leaf)), jnp.float32)
             if leaf.cut
-            else ()
+            else Hidden()
             for leaf in components.resolve(params, rule)
         ]
         return ScaleByComponentRMSState(
@@ -95,13 +95,22 @@ def scale_by_component_rms(
                 moments.append(nu)
                 continue
             stacks = leaf.cut.fold(jnp.asarray(leaf.value))
-            done = [_equalised(x, v, b2, eps) for x, v in zip(stacks, nu, strict=True)]
+            sizes = [b * n for b, _, n in _shapes(leaf)]
+            parts = jnp.split(nu, list(itertools.accumulate(sizes))[:-1])
+            done = [
+                _equalised(x, v.reshape(len(x), 1, -1), b2, eps)
+                for x, v in zip(stacks, parts, strict=True)
+            ]
             values.append(leaf.cut.unfold([x for x, _ in done], leaf.value.shape))
-            moments.append(tuple(v for _, v in done))
+            moments.append(jnp.concatenate([v.ravel() for _, v in done]))
         nu = jax.tree.unflatten(structure, moments)
         return jax.tree.unflatten(structure, values), ScaleByComponentRMSState(nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _shapes(leaf: components.Leaf) -> tuple[tuple[int, int, int], ...]:
+    return leaf.cut.matrices(leaf.value.shape)
 
 
 def _equalised(

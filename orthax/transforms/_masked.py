@@ -1,0 +1,63 @@
+"""Transformations of a part of a tree, with states that Flax can hold."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+
+class Hidden(optax.MaskedNode):
+    """What stands where a leaf is hidden: an `optax.MaskedNode` that can be indexed.
+
+    NNX of Flax 0.11 reads the variables of an optimiser's state by `variable[...]`,
+    which the empty tuple that `optax.MaskedNode` is refuses.
+    """
+
+    def __getitem__(self, key: Any) -> "Hidden":
+        """Return itself."""
+        return self
+
+
+def masked(
+    inner: optax.GradientTransformation, mask: Callable[[Any], Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Apply a transformation to some leaves: `optax.masked`, with `Hidden` leaves.
+
+    Args:
+      inner: the transformation.
+      mask: from a tree, gives a tree of equal structure that says which leaves count.
+
+    Returns:
+      The transformation, with an `optax.MaskedState`; leaves that do not count pass
+      through untouched.
+
+    Example:
+      >>> import jax
+      >>> import optax
+      >>> from orthax import transforms
+      >>> matrices = lambda tree: jax.tree.map(lambda x: x > 1, tree)
+      >>> tx = transforms.masked(optax.scale(10.0), matrices)
+      >>> tx.update({"a": 1.0, "b": 2.0}, tx.init({"a": 1.0, "b": 2.0}))[0]
+      {'a': 1.0, 'b': 20.0}
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def visible(tree: Any) -> Any:
+        return jax.tree.map(lambda kept, x: x if kept else Hidden(), mask(tree), tree)
+
+    def init(params: optax.Params) -> optax.MaskedState:
+        return optax.MaskedState(inner.init(visible(params)))
+
+    def update(updates, state, params=None, **extra_args):
+        if params is not None:
+            params = visible(params)
+        new, state = inner.update(
+            visible(updates), state.inner_state, params, **extra_args
+        )
+        new = jax.tree.map(
+            lambda kept, old, new: new if kept else old, mask(updates), updates, new
+        )
+        return new, optax.MaskedState(state)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -13,7 +13,7 @@ def orthogonal_sgd(
     momentum: float | None = 0.9,
     *,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
     rule: components.Rule = components.ByName(),
     stacking: components.Stacking = components.Stacking(),
@@ -29,7 +29,8 @@ def orthogonal_sgd(
       momentum: $\gamma$, dimensionless; None for none.
       nesterov: whether the momentum looks ahead.
       weight_decay: $\lambda$, L2 decay of all parameters, added behind the
-        orthogonalisation and before the momentum, dimensionless. The paper uses 5e-4.
+        orthogonalisation and before the momentum, dimensionless; None for none. The
+        paper uses 5e-4.
       method: how polar factors are computed; the paper's exact U V^T is
         `polar.SVD(null_space="complete")`.
       rule: how leaves are cut into matrices; others get plain SGD.
@@ -55,7 +56,7 @@ def orthogonal_sgd(
     """
     return optax.chain(
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
-        optax.add_decayed_weights(weight_decay),
+        _decayed(weight_decay),
         optax.identity()
         if momentum is None
         else optax.trace(decay=momentum, nesterov=nesterov),
@@ -69,7 +70,7 @@ def orthogonal_adam(
     b2: float = 0.999,
     eps: float = 1e-8,
     *,
-    weight_decay: float = 0.0,
+    weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
     rule: components.Rule = components.ByName(),
     stacking: components.Stacking = components.Stacking(),
@@ -82,7 +83,8 @@ def orthogonal_adam(
       b2: decay of the second moment, dimensionless; the paper uses 0.99.
       eps: added to the root of the second moment, dimensionless.
       weight_decay: L2 decay of all parameters, added behind the orthogonalisation and
-        before the moments, as torch's Adam does (not decoupled), dimensionless.
+        before the moments, as torch's Adam does (not decoupled), dimensionless; None
+        for none.
       method: how polar factors are computed.
       rule: how leaves are cut into matrices; others get plain Adam.
       stacking: how equal matrices are worked on together.
@@ -107,7 +109,7 @@ def orthogonal_adam(
     """
     return optax.chain(
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
-        optax.add_decayed_weights(weight_decay),
+        _decayed(weight_decay),
         optax.scale_by_adam(b1, b2, eps),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -214,7 +216,8 @@ def muon(
       adam_b2: decay of AdamW's second moment, dimensionless.
       adam_eps: added to the root of AdamW's second moment, dimensionless.
       adam_weight_decay: decoupled decay of what is not cut, times its learning rate.
-      momentum_dtype: dtype of the running mean; default that of the parameters.
+      momentum_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default
+        that of the parameters.
       method: how polar factors are computed.
       rule: how leaves are cut; `ByName(attention="per_head")` cuts attention by head.
       stacking: how equal matrices are worked on together.
@@ -299,7 +302,8 @@ def normuon(
       adam_b2: decay of AdamW's second moment, dimensionless.
       adam_eps: added to the root of AdamW's second moment, dimensionless.
       adam_weight_decay: decoupled decay of what is not cut, times its learning rate.
-      momentum_dtype: dtype of the running mean; default that of the parameters.
+      momentum_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default
+        that of the parameters.
       method: how polar factors are computed.
       rule: how leaves are cut into matrices.
       stacking: how equal matrices are worked on together.
@@ -343,9 +347,17 @@ def normuon(
     return _matrices_and_rest(matrices, rest, rule)
 
 
+def _decayed(weight_decay: float | None) -> optax.GradientTransformation:
+    # Without decay `update` needs no parameters, as in optax.sgd.
+    if weight_decay is None:
+        return optax.identity()
+    return optax.add_decayed_weights(weight_decay)
+
+
 def _averaged(
     momentum: float, nesterov: bool, dtype: Any | None
 ) -> optax.GradientTransformation:
+    transforms.check_dtype(dtype)
     if nesterov:
         return transforms.nesterov_ema(momentum, accumulator_dtype=dtype)
     return optax.ema(momentum, accumulator_dtype=dtype)

@@ -76,6 +76,7 @@ WITHOUT_EXAMPLE = {
     "components.check_rule",
     "components.decide_all",
     "polar.check_method",
+    "transforms.check_dtype",
 }
 
 

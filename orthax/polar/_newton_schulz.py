@@ -174,14 +174,17 @@ class NewtonSchulz:
         wide = x.shape[-2] <= x.shape[-1]
         return self._matmul(x, adjoint(x)) if wide else self._matmul(adjoint(x), x)
 
-    def _apply(self, p: jax.Array, a: jax.Array | float, x: jax.Array) -> jax.Array:
+    def _apply(self, p: jax.Array, a: jax.Array, x: jax.Array) -> jax.Array:
         """Return `(p + a I) X`, on the side of X that is short."""
         if not self._low_precision:
             p, a = p + a * jnp.eye(p.shape[-1], dtype=p.dtype)[None], None
-        wide = x.shape[-2] <= x.shape[-1]
-        y = self._matmul(p, x) if wide else self._matmul(x, p)
+        y = self._times(p, x)
         # Rounded inputs would lose the small singular values that `a` lifts.
         return y if a is None else y + a * x
+
+    def _times(self, p: jax.Array, x: jax.Array) -> jax.Array:
+        wide = x.shape[-2] <= x.shape[-1]
+        return self._matmul(p, x) if wide else self._matmul(x, p)
 
     def _direct(self, x: jax.Array) -> jax.Array:
         def step(x, row):
@@ -196,15 +199,15 @@ class NewtonSchulz:
 
     def _gram(self, x: jax.Array) -> jax.Array:
         for rows in self._segments():
-            x = self._apply(*self._gram_segment(self._gram_matrix(x), rows), x)
+            x = self._times(self._gram_segment(self._gram_matrix(x), rows), x)
         return x
 
-    def _gram_segment(self, r: jax.Array, rows: Table) -> tuple[jax.Array, float]:
-        """Return `p` such that `p X` is X after `rows`, and 0, from R = X X^H.
+    def _gram_segment(self, r: jax.Array, rows: Table) -> jax.Array:
+        """Return Q such that Q X is X after `rows`, from R = X X^H.
 
         R, and the product Q of the steps so far, are polynomials of one Hermitian
-        matrix: Hermitian themselves, and commuting. Rounding breaks both, and the
-        iteration amplifies what is broken, so every product is symmetrised.
+        matrix: Hermitian themselves, and commuting. Rounding breaks the symmetry, and
+        the iteration amplifies what is broken, so every product is symmetrised.
         """
         eye = jnp.eye(r.shape[-1], dtype=r.dtype)[None]
         q = None
@@ -215,7 +218,7 @@ class NewtonSchulz:
             q = z if q is None else _hermitian(self._matmul(q, z))
             if i < len(rows) - 1:
                 r = _hermitian(self._matmul(z, self._matmul(r, z)))
-        return q, 0.0
+        return q
 
     def _adaptive(self, x: jax.Array) -> jax.Array:
         real = jnp.finfo(x.dtype).dtype

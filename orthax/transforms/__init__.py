@@ -12,6 +12,7 @@ from orthax.transforms._explain import (
 from orthax.transforms._masked import Hidden as Hidden, masked as masked
 from orthax.transforms._momentum import (
     NesterovEMAState as NesterovEMAState,
+    check_dtype as check_dtype,
     nesterov_ema as nesterov_ema,
 )
 from orthax.transforms._norm import (

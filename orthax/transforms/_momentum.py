@@ -31,10 +31,15 @@ def nesterov_ema(
 
     Args:
       decay: $\beta$, in [0, 1), dimensionless.
-      accumulator_dtype: dtype of the running mean; default that of the parameters.
+      accumulator_dtype: dtype of the running mean, by name or as a `jnp.dtype`;
+        default that of the parameters.
 
     Returns:
       A transformation with a `NesterovEMAState`.
+
+    Raises:
+      TypeError: if `accumulator_dtype` is an array, which `optax.inject_hyperparams`
+        makes of a dtype's class.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,6 +53,7 @@ def nesterov_ema(
       Dozat: "Incorporating Nesterov Momentum into Adam", 2016, Algorithm 8; Jordan:
       "Muon", 2024; the bias correction is that of `optax.contrib.muon`.
     """
+    check_dtype(accumulator_dtype)
 
     def init(params: optax.Params) -> NesterovEMAState:
         ema = optax.tree.zeros_like(params, dtype=accumulator_dtype)
@@ -66,3 +72,20 @@ def nesterov_ema(
         return looked_up, NesterovEMAState(step, ema)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise if a dtype has become an array on its way through `inject_hyperparams`.
+
+    Args:
+      dtype: anything.
+
+    Raises:
+      TypeError: if it is an array.
+    """
+    if isinstance(dtype, jax.Array):
+        raise TypeError(
+            "A dtype arrived as an array: optax.inject_hyperparams takes classes such "
+            'as jnp.bfloat16 for schedules. Give its name, "bfloat16", or name the '
+            "argument in `static_args`."
+        )

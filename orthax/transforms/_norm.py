@@ -59,7 +59,8 @@ def restore_norm(
 
     Raises:
       TypeError: if `inner` is no transformation, `norm` no norm rule, `rule` no rule.
-      ValueError: from `update`, if the rule cannot decide a leaf or cuts none.
+      ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
+        none.
 
     Limits:
       Norms are computed in float32 at least; they overflow where the squared entries
@@ -96,6 +97,10 @@ def restore_norm(
             stacks.append((factor * y).astype(y.dtype))
         return before.cut.unfold(stacks, after.shape)
 
+    def init(params):
+        components.resolve(params, rule)
+        return inner.init(params)
+
     def update(updates, state, params=None, **extra_args):
         after, state = inner.update(updates, state, params, **extra_args)
         values = [
@@ -106,7 +111,7 @@ def restore_norm(
         ]
         return jax.tree.unflatten(jax.tree.structure(after), values), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _frobenius(x: jax.Array) -> jax.Array:

@@ -162,7 +162,8 @@ def scale_by_shape(
     def scaled(leaf: components.Leaf) -> jax.Array:
         x, cut = jnp.asarray(leaf.value), leaf.cut
         taps = cut.taps(x.shape)
-        stacks = [s * scale.factor(*s.shape[1:], taps) for s in cut.fold(x)]
+        # A Python number, which leaves the dtype alone, as numpy's would not.
+        stacks = [s * float(scale.factor(*s.shape[1:], taps)) for s in cut.fold(x)]
         return cut.unfold(stacks, x.shape)
 
     def update(updates: optax.Updates) -> optax.Updates:

@@ -6,6 +6,9 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import pytest
 
+# Makers of golden numbers need what the tests do not (PyTorch).
+collect_ignore_glob = ["data/*.py"]
+
 
 @pytest.fixture
 def x64():

@@ -244,6 +244,25 @@ def test_adaptive_leaves_what_has_arrived_alone():
     assert np.abs(out[1] - factor(x[1])).max() < 5e-3
 
 
+def test_adaptive_does_not_depend_on_its_neighbours():
+    """A slow neighbour must not push noise into the null space of one that is done."""
+    easy = with_spectrum(24, 12, np.geomspace(1, 0.1, 6)).astype(np.float32)
+    hard = conditioned(24, 12, 1e6).astype(np.float32)
+    alone = np.asarray(polar_factor(easy, NS(tolerance=1e-5)))
+    together = np.asarray(polar_factor(np.stack([hard, easy]), NS(tolerance=1e-5)))
+    # Rounding of other sums, amplified in the null space; noise there is of order one.
+    assert np.abs(together[1] - alone).max() < 3e-4
+
+
+@pytest.mark.parametrize("lower", [1e-4, 1e-6])
+def test_long_tables_keep_their_accuracy_in_gram_space(lower):
+    """Half the rank: restarts after 3 and 8 steps give 6e-6 and 1e-2 here."""
+    x = with_spectrum(256, 64, np.geomspace(1, 0.1, 32)).astype(np.float32)
+    method = NS(polar.polar_express(lower), gram=True)
+    s, inside = per_direction(x, polar_factor(x, method))
+    assert np.abs(np.diag(inside)[s > 1e-3] - 1).max() < 3e-6
+
+
 def test_restarts_and_symmetry_keep_the_gram_iteration_bounded():
     """One rank, where an iteration without restarts is known to go astray."""
     x = with_spectrum(96, 32, [1.0]).astype(np.float32)

@@ -29,7 +29,7 @@ class Auto:
       Singular values below 1e-3 of the Frobenius norm end between -1e-3 and 1.001: a
       large square Gaussian matrix has some, use `SVD` where all of them must be one.
       Null directions stay below 1e-2 under `"exact"`; under `"fast"`, bfloat16 products
-      fill them with noise of order one. A zero matrix gives zero.
+      leave noise of up to about 1e-1 in them. A zero matrix gives zero.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from compiling import compiled
 
 import orthax
 from orthax import components, polar, transforms
@@ -454,26 +455,6 @@ def types(tree):
     """Structure, shapes and dtypes: what a compiled step depends on."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(x.shape, x.dtype) for x in leaves]
-
-
-@functools.cache
-def quick() -> dict[str, Any] | None:
-    """Options that cut compile time to a third, where this jaxlib knows them."""
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_parallel_codegen_split_count": 1,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    try:
-        jax.jit(jnp.sin, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-def compiled(f, **kwargs):
-    """Compile in haste; the first test below compiles as users do."""
-    return jax.jit(f, compiler_options=quick(), **kwargs)
 
 
 def counted(f, jit=jax.jit):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import compiled
 from flax import linen, nnx
 from flax.training import train_state
 
@@ -96,25 +97,6 @@ def check(name, losses, steps, traces, before, after):
 def types(tree):
     leaves, structure = jax.tree.flatten(tree)
     return structure, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
-
-
-@functools.cache
-def quick():
-    """Options that cut compile time to a third, where this jaxlib knows them."""
-    options = {
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_parallel_codegen_split_count": 1,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    try:
-        jax.jit(jnp.sin, compiler_options=options)(0.0)
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
-
-
-def compiled(f):
-    return jax.jit(f, compiler_options=quick())
 
 
 def squared_error(outputs):

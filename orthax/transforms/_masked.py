@@ -43,20 +43,21 @@ def masked(
     """
     inner = optax.with_extra_args_support(inner)
 
-    def visible(tree: Any) -> Any:
-        return jax.tree.map(lambda kept, x: x if kept else Hidden(), mask(tree), tree)
+    def visible(tree: Any, kept: Any) -> Any:
+        return jax.tree.map(lambda keep, x: x if keep else Hidden(), kept, tree)
 
     def init(params: optax.Params) -> optax.MaskedState:
-        return optax.MaskedState(inner.init(visible(params)))
+        return optax.MaskedState(inner.init(visible(params, mask(params))))
 
     def update(updates, state, params=None, **extra_args):
         if params is not None:
-            params = visible(params)
+            params = visible(params, mask(params))
+        kept = mask(updates)
         new, state = inner.update(
-            visible(updates), state.inner_state, params, **extra_args
+            visible(updates, kept), state.inner_state, params, **extra_args
         )
         new = jax.tree.map(
-            lambda kept, old, new: new if kept else old, mask(updates), updates, new
+            lambda keep, old, new: new if keep else old, kept, updates, new
         )
         return new, optax.MaskedState(state)
 

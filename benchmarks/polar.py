@@ -7,7 +7,6 @@ final cast. Writes `results/polar.csv` and the tables of `README.md`.
 
 import argparse
 import functools
-import pathlib
 import statistics
 import time
 import zlib
@@ -18,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import tables
+from benchmarks import progress, tables
+from benchmarks.errors import KEPT
 from orthax import polar
 
 METHODS = {
     "Auto()": polar.Auto(),
     'Auto("fast")': polar.Auto("fast"),
+    "DWH()": polar.DWH(),
     "SVD()": polar.SVD(),
     'SVD(null_space="complete")': polar.SVD(null_space="complete"),
     "QDWH()": polar.QDWH(),
@@ -42,8 +43,6 @@ METHODS = {
 DTYPES = ("float32", "bfloat16")
 KEY = ("method", "case", "dtype", "platform", "device")
 
-# Relative to ||X||_F: from here up the default method promises one.
-KEPT = 1e-3
 # Relative to the largest singular value: what float32 cannot tell from zero. Rounding a
 # matrix of lower rank to float32 leaves singular values below this.
 NULL = float(np.finfo(np.float32).eps)
@@ -272,9 +271,8 @@ def markdown(rows: list[dict[str, str]]) -> str:
     parts = []
     for dtype in DTYPES:
         chosen = [row for row in rows if row["dtype"] == dtype]
-        title = f"<summary>Input stored in {dtype}</summary>"
-        parts += ["<details open>" if dtype == DTYPES[0] else "<details>", title]
-        parts.append(_worst(chosen))
+        title = f"<summary>Input stored in {dtype}, matrix by matrix</summary>"
+        parts += [f"#### Input stored in {dtype}", _worst(chosen), "<details>", title]
         for kind, number, title in (
             ("full", "relative_error", "Relative Frobenius error"),
             ("square", "relative_error", "The same, square matrices"),
@@ -319,24 +317,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--calls", type=int, default=5, help="timed calls per matrix")
-    parser.add_argument("--results", type=pathlib.Path, default=tables.RESULTS)
-    parser.add_argument("--readme", type=pathlib.Path, default=tables.README)
+    tables.add_paths(parser)
     args = parser.parse_args(argv)
-    around = tables.circumstances()
+    path, around = args.results / "polar.csv", tables.circumstances()
     pairs = [(case, dtype) for case in args.cases for dtype in DTYPES]
-    rows = []
-    for name in args.methods:
-        start = time.perf_counter()
+    for name in progress.track(args.methods, "polar"):
+        rows = []
         found = errors(METHODS[name], pairs)
         for (case, dtype), numbers in zip(pairs, found, strict=True):
             spent = milliseconds(METHODS[name], stored(case, dtype), args.calls)
             labels = {"method": name, "case": case, "dtype": dtype}
             rows.append(labels | numbers | {"median_ms": spent} | around)
-        print(f"{name}: {time.perf_counter() - start:.1f} s")
-    path = args.results / "polar.csv"
-    tables.write(path, rows, KEY)
-    text = tables.by_device(tables.read(path), markdown)
-    args.readme.write_text(tables.put(text, "polar", args.readme.read_text()))
+        tables.write(path, rows, KEY)
+    tables.publish(args, polar=tables.by_device(tables.read(path), markdown))
 
 
 if __name__ == "__main__":

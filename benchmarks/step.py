@@ -1,217 +1,141 @@
 """One whole update of a network's gradients: `python -m benchmarks.step`.
 
 Every method is compiled once and then called in turn with the others, in a new order
-every round, so that whatever else the machine does falls on all of them; ratios are
-taken inside a round. Writes `results/step.csv` and the table of `README.md`.
+every round; ratios are taken inside a round. Writes `results/step.csv` and the tables
+of `README.md`. Networks whose rows are there already are left out (`--again`).
 """
 
 import argparse
-import pathlib
-import random
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import functools
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-import orthax
-from benchmarks import tables, trees
+from benchmarks import gemm, peers, progress, summary, tables, timing, trees
+from benchmarks.updates import (
+    ENTRIES,
+    KINDS,
+    METHODS,
+    Limits,
+    Measured,
+    Program,
+    compiled,
+    measure,
+)
 from orthax import components, polar
 
-KEY = ("tree", "method", "platform", "device", "lapack_threads")
-OPTAX = "optax.contrib.scale_by_muon()"
-PER_LEAF = "jnp.linalg.svd per leaf"
-# Calls longer than this are made in the first rounds only.
-_SLOW_SECONDS = 0.5
+KEY = ("tree", "gradients", "method", *tables.DEVICE)
+OPTAX, PER_LEAF = peers.OPTAX, peers.SVD_PER_LEAF
 
 
-class Entry(NamedTuple):
-    """What is timed, and the method whose operations it performs."""
-
-    transform: optax.GradientTransformation
-    method: polar.PolarMethod | None
-
-
-class Timing(NamedTuple):
-    """What was measured of one entry."""
-
-    compile_seconds: float
-    temporary_bytes: int | None
-    seconds: dict[int, float]
-    updates: Any
-
-
-def _orthogonalise(method: polar.PolarMethod) -> Entry:
-    return Entry(orthax.orthogonalise(method), method)
-
-
-def _svd_per_leaf() -> optax.GradientTransformation:
-    def orthogonal(x: jax.Array) -> jax.Array:
-        if x.ndim < 2:
-            return x
-        matrix = x.reshape(-1, x.shape[-1])
-        u, _, vh = jnp.linalg.svd(matrix, full_matrices=False)
-        return (u @ vh).reshape(x.shape)
-
-    return optax.stateless(lambda updates, _: jax.tree.map(orthogonal, updates))
-
-
-def _optax_muon() -> optax.GradientTransformation:
-    """Return optax's Muon with every kernel cut as we cut it, vectors left alone."""
-
-    def dimension_numbers(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: optax.contrib.MuonDimensionNumbers(
-                tuple(range(x.ndim - 1)), (x.ndim - 1,)
-            ),
-            tree,
-        )
-
-    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=dimension_numbers)
-    return optax.masked(muon, lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree))
-
-
-def _with_momentum() -> optax.GradientTransformation:
-    momentum = orthax.transforms.nesterov_ema(0.95)
-    return optax.chain(momentum, orthax.orthogonalise())
-
-
-ENTRIES: dict[str, Callable[[], Entry]] = {
-    "identity": lambda: Entry(optax.identity(), None),
-    "orthogonalise()": lambda: _orthogonalise(polar.Auto()),
-    'orthogonalise(Auto("fast"))': lambda: _orthogonalise(polar.Auto("fast")),
-    "orthogonalise(GramEigh())": lambda: _orthogonalise(polar.GramEigh()),
-    "orthogonalise(SVD())": lambda: _orthogonalise(polar.SVD()),
-    "nesterov_ema(), orthogonalise()": lambda: Entry(_with_momentum(), polar.Auto()),
-    OPTAX: lambda: Entry(_optax_muon(), polar.NewtonSchulz(polar.JORDAN, gram=False)),
-    PER_LEAF: lambda: Entry(_svd_per_leaf(), polar.SVD()),
-}
-
-
-def measure(
-    tree: Any, names: Sequence[str], rounds: int, slow_rounds: int
-) -> dict[str, Timing]:
-    """Return what every entry took, and gave, on Gaussian gradients of a tree."""
-    grads = trees.gaussian(tree)
-    calls, found = {}, {}
-    for name in names:
-        transform = ENTRIES[name]().transform
-        state = transform.init(grads)
-        start = time.perf_counter()
-        # Bound early: `transform` is another one in the next turn of the loop.
-        f = jax.jit(lambda g, s, t=transform: t.update(g, s, g)[0])
-        compiled = f.lower(grads, state).compile()
-        spent = time.perf_counter() - start
-        updates = jax.block_until_ready(compiled(grads, state))
-        calls[name] = (compiled, state)
-        memory = compiled.memory_analysis()
-        temporary = memory.temp_size_in_bytes if memory else None
-        found[name] = Timing(spent, temporary, {}, updates)
-    shuffle = random.Random(0).shuffle
-    for turn in range(rounds):
-        order = list(names)
-        shuffle(order)
-        for name in order:
-            seconds = found[name].seconds
-            if turn >= max(slow_rounds, 1) and min(seconds.values()) > _SLOW_SECONDS:
-                continue
-            compiled, state = calls[name]
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(grads, state))
-            seconds[turn] = time.perf_counter() - start
-    return found
-
-
-def rows(tree: Any, found: dict[str, Timing]) -> list[tables.Row]:
-    """Return one row for every entry."""
-    worst = _errors(tree, {name: timing.updates for name, timing in found.items()})
-    out = []
-    for name, (compiling, temporary, seconds, _) in found.items():
-        flops = _flops(tree, ENTRIES[name]().method)
-        low, median, high = _quartiles(seconds.values())
+def rows(
+    network: trees.Network,
+    programs: Mapping[str, Program],
+    found: Mapping[str, Measured],
+) -> Iterator[tables.Row]:
+    """Yield one row for every entry that was called."""
+    leaves = [x for x in components.resolve(network.params, network.rule) if x.cut]
+    matrices = sum(leaf.value.size * leaf.value.dtype.itemsize for leaf in leaves)
+    for name, measured in found.items():
+        program = programs.get(name)
+        low, median, high = timing.quartiles(measured.seconds.values())
         row = {
+            "method": name,
             "median_ms": median * 1e3,
             "quartile1_ms": low * 1e3,
             "quartile3_ms": high * 1e3,
-            "calls": len(seconds),
+            "calls": len(measured.seconds),
             "speed_over_optax": _ratio(found, OPTAX, name),
             "speed_over_svd": _ratio(found, PER_LEAF, name),
-            "compile_s": compiling,
-            "temporary_mib": None if temporary is None else temporary / 2**20,
-            "gflop": flops / 1e9,
-            "gflop_per_s": flops / 1e9 / median,
-            "worst_error": worst[name],
         }
-        out.append({"method": name} | row)
-    return out
+        row |= measured.errors
+        method = ENTRIES[name].method if name in ENTRIES else ENTRIES[OPTAX].method
+        row |= _rates(leaves, method, median, program)
+        yield row | _memory(program, programs, matrices)
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    low, median, high = np.quantile([*values], (0.25, 0.5, 0.75))
-    return float(low), float(median), float(high)
+def _rates(
+    leaves: Sequence[components.Leaf],
+    method: polar.PolarMethod | None,
+    seconds: float,
+    program: Program | None,
+) -> tables.Row:
+    """Return the operations of a method by its own count, and how fast they were."""
+    flops = sum(
+        float(b * method.flops(m, n))
+        for leaf in leaves
+        for b, m, n in (leaf.cut.matrices(leaf.value.shape) if method else ())
+    )
+    row = {"gflop": flops / 1e9, "gflop_per_s": flops / 1e9 / seconds}
+    if program is None:
+        return row
+    peak = gemm.peak(program.numbers["products"])
+    fraction = flops / seconds / peak
+    return row | {"peak_gflop_per_s": peak / 1e9, "fraction_of_peak": fraction}
 
 
-def _ratio(found: dict[str, Timing], other: str, name: str) -> float | None:
+def _memory(
+    program: Program | None, programs: Mapping[str, Program], matrices: int
+) -> tables.Row:
+    """Return the time to compile, and the memory needed besides the gradients."""
+    if program is None:
+        return {}
+    row = dict(program.numbers)
+    if OPTAX in programs:
+        theirs = programs[OPTAX].numbers
+        stages = ("trace_s", "lower_s", "compile_s")
+        row["compile_over_optax"] = row["compile_s"] / theirs["compile_s"]
+        row["start_over_optax"] = sum(row[stage] for stage in stages) / sum(
+            theirs[stage] for stage in stages
+        )
+    if program.temporary_bytes is not None:
+        row["temporary_mib"] = program.temporary_bytes / 2**20
+        row["temporary_over_matrices"] = program.temporary_bytes / matrices
+    return row
+
+
+def _ratio(found: Mapping[str, Measured], other: str, name: str) -> float | None:
     """Return the median, over common rounds, of how much longer `other` took."""
     if other not in found:
         return None
-    ours, theirs = found[name].seconds, found[other].seconds
-    return statistics.median(theirs[i] / ours[i] for i in ours.keys() & theirs.keys())
-
-
-def _flops(tree: Any, method: polar.PolarMethod | None) -> float:
-    leaves = components.resolve(tree, components.ByName()) if method else []
-    return sum(
-        float(b * method.flops(m, n))
-        for leaf in leaves
-        if leaf.cut
-        for b, m, n in leaf.cut.matrices(leaf.value.shape)
-    )
-
-
-def _errors(tree: Any, updates: dict[str, Any]) -> dict[str, float]:
-    """Return the worst relative Frobenius error of each tree of updates, in float64.
-
-    Square matrices are left out: their smallest singular values decide alone.
-    """
-    worst = dict.fromkeys(updates, 0.0)
-    kernels = {name: jax.tree.leaves(found) for name, found in updates.items()}
-    for i, grad in enumerate(jax.tree.leaves(trees.gaussian(tree))):
-        if grad.ndim < 2:
-            continue
-        x = np.asarray(grad, np.float64).reshape(-1, grad.shape[-1])
-        if x.shape[0] == x.shape[1]:
-            continue
-        u, _, vh = np.linalg.svd(x, full_matrices=False)
-        for name, leaves in kernels.items():
-            o = np.asarray(leaves[i], np.float64).reshape(x.shape)
-            error = np.linalg.norm(o - u @ vh) / min(x.shape) ** 0.5
-            worst[name] = max(worst[name], float(error))
-    return worst
+    return timing.ratio(found[other].seconds, found[name].seconds)
 
 
 def markdown(found: list[dict[str, str]]) -> str:
-    """Return the tables of one device."""
+    """Return the tables of one device, folded."""
     parts = []
-    for tree in dict.fromkeys(row["tree"] for row in found):
-        chosen = [row for row in found if row["tree"] == tree]
-        loads = {row["load"] for row in chosen}
-        header = ["update", "median ms (quartiles)", "calls", "x optax", "x SVD"]
-        header += ["compile s", "temporary MiB", "GFLOP/s", "worst error"]
-        body = [_cells(row) for row in chosen]
-        parts.append(f"#### {tree}, load before the run {', '.join(sorted(loads))}")
-        parts.append(tables.markdown(header, body))
+    cases = dict.fromkeys((row["tree"], row.get("gradients", "")) for row in found)
+    for tree, kind in cases:
+        case = (tree, kind)
+        chosen = [r for r in found if (r["tree"], r.get("gradients", "")) == case]
+        loads = ", ".join(sorted({row["load"] for row in chosen}))
+        compared = ", ".join(
+            {row["checked"]: 0 for row in chosen if row.get("checked")}
+        )
+        title = f"{tree}, {kind or 'gaussian'} gradients; load before the run {loads}"
+        if compared:
+            title += f"; errors of {compared} matrices"
+        parts += [
+            "<details>",
+            f"<summary>{title}</summary>",
+            _table(chosen),
+            "</details>",
+        ]
     return "\n\n".join(parts)
 
 
-def _cells(row: dict[str, str]) -> list[str]:
-    def number(name: str, form: str) -> str:
-        return format(float(row[name]), form) if row[name] else ""
+def _table(chosen: list[dict[str, str]]) -> str:
+    header = ["update", "median ms (quartiles)", "calls", "x optax", "x SVD"]
+    header += ["trace s", "compile s", "temporary MiB (/ matrices)", "GFLOP"]
+    header += ["GFLOP/s (/ GEMM)", "error", "error, square", "error, kept"]
+    return tables.markdown(header, [_cells(row) for row in chosen])
 
+
+def _cells(row: dict[str, str]) -> list[str]:
+    number = functools.partial(tables.cell, row)
+    if row.get("note"):
+        return [f"`{row['method']}`", row["note"], *[""] * 11]
     times = [number(f"{part}_ms", ".4g") for part in ("quartile1", "quartile3")]
     return [
         f"`{row['method']}`",
@@ -219,37 +143,103 @@ def _cells(row: dict[str, str]) -> list[str]:
         row["calls"],
         number("speed_over_optax", ".2f"),
         number("speed_over_svd", ".2f"),
+        number("trace_s", ".2f"),
         number("compile_s", ".2f"),
-        number("temporary_mib", ".1f"),
-        number("gflop_per_s", ".0f"),
+        _both(number("temporary_mib", ".1f"), number("temporary_over_matrices", ".2f")),
+        number("gflop", ".3g"),
+        _both(number("gflop_per_s", ".0f"), number("fraction_of_peak", ".2f")),
         number("worst_error", ".1e"),
+        number("worst_error_square", ".1e"),
+        number("worst_kept_error", ".1e"),
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--trees", nargs="+", choices=trees.TREES, default=list(trees.TREES)
-    )
-    parser.add_argument("--methods", nargs="+", choices=ENTRIES, default=list(ENTRIES))
-    parser.add_argument("--rounds", type=int, default=21, help="calls of fast methods")
-    parser.add_argument(
-        "--slow-rounds", type=int, default=7, help="calls of those over 0.5 s"
-    )
-    parser.add_argument("--results", type=pathlib.Path, default=tables.RESULTS)
-    parser.add_argument("--readme", type=pathlib.Path, default=tables.README)
-    args = parser.parse_args(argv)
-    path = args.results / "step.csv"
-    for name in args.trees:
-        around = tables.circumstances()
-        tree = trees.TREES[name]()
-        found = measure(tree, args.methods, args.rounds, args.slow_rounds)
-        new = [{"tree": name} | row | around for row in rows(tree, found)]
+def _both(one: str, other: str) -> str:
+    return f"{one} ({other})" if other else one
+
+
+def run(tree: str, kinds: Sequence[str], args: argparse.Namespace) -> None:
+    """Measure one network with some kinds of gradients, and write its rows."""
+    path, around = args.results / "step.csv", tables.circumstances()
+    network = trees.NETWORKS[tree]()
+    limits = Limits(args.rounds, args.slow_rounds, args.patience, args.most_gib)
+    programs, notes = {}, {}
+    names = [name for name in args.methods if name in ENTRIES]
+    for name in progress.track(names, f"{tree}: compiling"):
+        program = compiled(ENTRIES[name], network)
+        gib = (program.temporary_bytes or 0) / 2**30
+        if gib > limits.most_gib:
+            notes[name] = f"not called: needs {gib:.1f} GiB of temporary memory"
+        else:
+            programs[name] = program
+    for kind in kinds:
+        labels = {"tree": tree, "gradients": kind}
+        grads = KINDS[kind](network)
+        found, checked = measure(network, grads, programs, limits, args.torch)
+        new = [labels | row for row in rows(network, programs, found)]
+        new += [labels | {"method": name, "note": note} for name, note in notes.items()]
+        new = [{**row, "checked": checked, "note": row.get("note")} for row in new]
+        around["torch"] = args.torch_version
+        new = [row | around for row in new]
         tables.write(path, new, KEY)
         for row in new:
-            print(name, row["method"], f"{row['median_ms']:.1f} ms")
-    text = tables.by_device(tables.read(path), markdown)
-    args.readme.write_text(tables.put(text, "step", args.readme.read_text()))
+            spent = row.get("note") or f"{row['median_ms']:.4g} ms"
+            progress.say(f"{tree}, {kind}: {row['method']}: {spent}")
+
+
+def missing(tree: str, args: argparse.Namespace) -> list[str]:
+    """Return the kinds of gradients of which a row is missing."""
+    if args.again:
+        return args.gradients
+    there = tables.finished(args.results / "step.csv", KEY)
+    device = {name: tables.circumstances()[name] for name in tables.DEVICE}
+    names = [n for n in args.methods if n in ENTRIES or args.torch]
+
+    def done(kind: str, name: str) -> bool:
+        row = {"tree": tree, "gradients": kind, "method": name} | device
+        return tables.identity(row, KEY) in there
+
+    return [k for k in args.gradients if not all(done(k, name) for name in names)]
+
+
+def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--trees", nargs="+", choices=trees.NETWORKS, default=list(trees.NETWORKS))
+    add("--gradients", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--methods", nargs="+", choices=METHODS, default=METHODS)
+    add("--rounds", type=int, default=21, help="calls of fast methods")
+    add("--slow-rounds", type=int, default=7, help="calls of those over 0.5 s")
+    add("--patience", type=float, default=40.0, help="seconds for one method's calls")
+    add("--most-gib", type=float, default=8.0, help="temporary memory of one method")
+    add("--again", action="store_true", help="measure what is there already, too")
+    add("--torch-python", default=sys.executable, help="interpreter that has torch")
+    tables.add_paths(parser)
+    args = parser.parse_args(argv)
+    args.torch = args.torch_version = None
+    if peers.TORCH in args.methods and jax.default_backend() == "cpu":
+        args.torch_version = peers.find_torch(args.torch_python)
+        args.torch = args.torch_python if args.torch_version else None
+        told = args.torch_version or "not there, its rows are left out"
+        progress.say(f"torch: {told}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parsed(argv)
+    for tree in args.trees:
+        kinds = missing(tree, args)
+        if kinds:
+            run(tree, kinds, args)
+    publish(args)
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Write the tables of what has been measured."""
+    found = tables.read(args.results / "step.csv")
+    text = tables.by_device(found, markdown)
+    tables.publish(args, step=text, summary=summary.markdown(args.results))
 
 
 if __name__ == "__main__":

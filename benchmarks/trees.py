@@ -1,78 +1,124 @@
-"""Gradient trees of real networks: shapes under the names that Flax would give them."""
+"""Gradients of real networks: shapes under Flax's names, the rule, and numbers in them.
 
-from typing import Any
+Two kinds of numbers, because the time of some methods depends on them: independent
+normals, and matrices whose singular values decay as those of real gradients do.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
+
+from examples.models import basic_cnn, densenet, gpt, moe, resnet, vit
+from orthax import components
 
 Tree = Any
 
-
-def _array(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, "float32")
-
-
-def _norm(width: int) -> Tree:
-    return {"scale": _array(width), "bias": _array(width)}
+# Power of the decay of the singular values, and the noise below them, relative to the
+# root mean square of a matrix.
+_DECAY = 2.0
+_NOISE = 1e-6
 
 
-def _block(fan_in: int, width: int, shortcut: bool) -> Tree:
-    """Return a residual block of two 3x3 convolutions, biases left to the norms."""
-    block = {
-        "conv0": {"kernel": _array(3, 3, fan_in, width)},
-        "norm0": _norm(width),
-        "conv1": {"kernel": _array(3, 3, width, width)},
-        "norm1": _norm(width),
-    }
-    if shortcut:
-        block["shortcut_conv"] = {"kernel": _array(1, 1, fan_in, width)}
-        block["shortcut_norm"] = _norm(width)
-    return block
+class Model(NamedTuple):
+    """How to make a network, of what size by default, and the rule that cuts it.
 
-
-def _resnet(
-    taps: int, widths: tuple[int, ...], depth: int, classes: int, projected: bool
-) -> Tree:
-    """Return a residual network: a stem, stages of `depth` blocks, a dense head."""
-    tree = {
-        "stem_conv": {"kernel": _array(taps, taps, 3, widths[0])},
-        "stem_norm": _norm(widths[0]),
-    }
-    fan_in = widths[0]
-    for i, width in enumerate(widths):
-        blocks = {}
-        for j in range(depth):
-            blocks[f"block{j}"] = _block(fan_in, width, projected and fan_in != width)
-            fan_in = width
-        tree[f"stage{i}"] = blocks
-    head = {"kernel": _array(fan_in, classes), "bias": _array(classes)}
-    return tree | {"head": head}
-
-
-def resnet18() -> Tree:
-    """Return ResNet-18 for ImageNet: 11 689 512 parameters in 21 matrices and vectors.
-
-    He, Zhang, Ren, Sun: "Deep Residual Learning for Image Recognition", 2016, Table 1;
-    1x1 projections where the width changes (option B).
+    The size is that of an image, or the length of a sequence; `make` takes it, the
+    dtype of the activations and random streams.
     """
-    return _resnet(7, (64, 128, 256, 512), 2, 1000, projected=True)
+
+    make: Callable[[int, Any, nnx.Rngs], nnx.Module]
+    size: int
+    rule: components.Rule = components.ByName()
 
 
-def resnet20() -> Tree:
-    """Return ResNet-20 for CIFAR-10: 269 722 parameters in 20 matrices and vectors.
+class Network(NamedTuple):
+    """Shapes of the gradients of a network, and the rule that cuts them."""
 
-    Ibid., Section 4.2; shortcuts without parameters (option A).
-    """
-    return _resnet(3, (16, 32, 64), 3, 10, projected=False)
-
-
-TREES = {"resnet18": resnet18, "resnet20": resnet20}
+    params: Tree
+    rule: components.Rule
 
 
-def gaussian(tree: Tree, seed: int = 0) -> Tree:
+def _any_size(make: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    return lambda size, dtype, rngs: make(dtype=dtype, rngs=rngs)
+
+
+def _of_size(make: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
+    return lambda size, dtype, rngs: make(size, dtype=dtype, rngs=rngs)
+
+
+def _basic_cnn(size: int, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    return basic_cnn.BasicCNN((size, size, 3), 10, dtype=dtype, rngs=rngs)
+
+
+MODELS = {
+    "basic_cnn": Model(_basic_cnn, 32),
+    "resnet20": Model(_any_size(resnet.resnet20), 32),
+    "resnet18": Model(_any_size(resnet.resnet18), 224),
+    "resnet50": Model(_any_size(resnet.resnet50), 224),
+    "densenet121": Model(_any_size(densenet.densenet121), 224),
+    "vit_ti16": Model(_of_size(vit.vit_ti16), 224),
+    "vit_b16": Model(_of_size(vit.vit_b16), 224),
+    "gpt2_small": Model(_any_size(gpt.GPT), 1024),
+    "moe32": Model(
+        _any_size(moe.MixtureOfExperts), 1024, components.ByName(stacked=("experts",))
+    ),
+}
+
+
+def _network(model: Model) -> Network:
+    made = nnx.eval_shape(lambda: model.make(model.size, None, nnx.Rngs(0)))
+    return Network(nnx.to_pure_dict(nnx.state(made, nnx.Param)), model.rule)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    name: functools.partial(_network, model) for name, model in MODELS.items()
+}
+
+
+def gaussian(params: Tree, seed: int = 0) -> Tree:
     """Fill a tree of shapes with independent standard normal gradients."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda leaf: jax.numpy.asarray(rng.standard_normal(leaf.shape), leaf.dtype),
-        tree,
+        lambda leaf: jax.numpy.asarray(
+            rng.standard_normal(leaf.shape, np.float32), leaf.dtype
+        ),
+        params,
     )
+
+
+def decaying(network: Network, seed: int = 0) -> Tree:
+    """Fill a network with gradients that are nearly of low rank.
+
+    A matrix of k singular values is the sum of k / 2 outer products of standard normal
+    vectors, the j-th of them scaled by 1 / j², and of normal noise of 1e-6 of its root
+    mean square. Condition numbers result of 5e6 (16 columns) to 5e7 (512), for square
+    ones up to 1e10; half to nine tenths of the singular values lie below 1e-3 of the
+    Frobenius norm. So it is in transformers (measured on a small one, on digits); the
+    convolutions of BasicCNN lie between this and `gaussian`.
+
+    Vectors and tables are standard normals.
+    """
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, np.float32)
+
+    def stack(b: int, m: int, n: int) -> np.ndarray:
+        rank = -(-min(m, n) // 2)
+        scales = np.arange(1, rank + 1, dtype=np.float32) ** -_DECAY
+        x = (normal(b, m, rank) * scales) @ normal(b, rank, n)
+        return x + _NOISE * np.sqrt(np.mean(x**2)) * normal(b, m, n)
+
+    filled = []
+    for _, leaf, cut in components.resolve(network.params, network.rule):
+        if cut is None:
+            value = normal(*leaf.shape)
+        else:
+            stacks = [stack(*shape) for shape in cut.matrices(leaf.shape)]
+            value = cut.unfold(stacks, leaf.shape)
+        filled.append(jax.numpy.asarray(value, leaf.dtype))
+    return jax.tree.unflatten(jax.tree.structure(network.params), filled)

@@ -2,12 +2,10 @@
 
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import polar as table, step, tables, trees
+from benchmarks import polar as table, tables
 
 FAST = tuple(case for case, made in table.CASES.items() if not made.slow)
 SLOW = tuple(case for case, made in table.CASES.items() if made.slow)
@@ -193,93 +191,3 @@ def test_rank_survives_rounding(case, dtype):
     s = np.linalg.svd(x, compute_uv=False)
     rank = {"twin columns": 32, "rank one": 1, "zero": 0}[case]
     assert s[rank:].max() <= 1e-13 * s[0]
-
-
-def test_readme_shows_what_the_results_hold():
-    text = tables.README.read_text()
-    for name, module in (("polar", table), ("step", step)):
-        rows = tables.read(tables.RESULTS / f"{name}.csv")
-        assert rows, name
-        shown = tables.put(tables.by_device(rows, module.markdown), name, text)
-        assert shown == text, f"run: python -m benchmarks.{name}"
-
-
-def tiny():
-    def leaf(*shape):
-        return jax.ShapeDtypeStruct(shape, "float32")
-
-    return {
-        "conv": {"kernel": leaf(3, 3, 2, 4), "bias": leaf(4)},
-        "square": {"kernel": leaf(6, 6)},
-        "head": {"kernel": leaf(4, 10), "bias": leaf(10)},
-    }
-
-
-@pytest.fixture(name="tiny_run")
-def _tiny_run(tmp_path, monkeypatch):
-    """Return a function that runs the script on a tiny tree, and its two files."""
-    monkeypatch.setitem(trees.TREES, "tiny", tiny)
-    readme = tmp_path / "README.md"
-    readme.write_text("above\n<!-- step: begin -->\nold\n<!-- step: end -->\nbelow\n")
-
-    def run(*options):
-        paths = ["--results", str(tmp_path), "--readme", str(readme)]
-        step.main(["--trees", "tiny", "--rounds", "3", *paths, *options])
-        return tables.read(tmp_path / "step.csv"), readme.read_text()
-
-    return run
-
-
-def test_step_times_every_method_and_fills_every_column(tiny_run):
-    rows, readme = tiny_run()
-    assert [row["method"] for row in rows] == list(step.ENTRIES)
-    for row in rows:
-        assert all(row.values()), row
-        assert row["calls"] == "3"
-        assert float(row["quartile1_ms"]) <= float(row["median_ms"])
-        assert float(row["median_ms"]) <= float(row["quartile3_ms"])
-    by_name = {row["method"]: row for row in rows}
-    assert float(by_name[step.OPTAX]["speed_over_optax"]) == 1
-    assert float(by_name[step.PER_LEAF]["speed_over_svd"]) == 1
-    errors = {name: float(row["worst_error"]) for name, row in by_name.items()}
-    assert errors["identity"] > 1
-    assert errors["orthogonalise()"] < 1e-4
-    assert errors["nesterov_ema(), orthogonalise()"] < 1e-4
-    assert errors[step.PER_LEAF] < 1e-5
-    assert 0.05 < errors[step.OPTAX] < 0.5
-    # 18 x 4 and 10 x 4, once each, and 6 x 6: five steps of 4 k^2 l + 2 k^3.
-    flops = 5 * sum(4 * k * k * n + 2 * k**3 for k, n in ((4, 18), (6, 6), (4, 10)))
-    assert float(by_name[step.OPTAX]["gflop"]) == pytest.approx(flops / 1e9, rel=1e-3)
-    assert readme.startswith("above\n")
-    assert readme.endswith("below\n")
-    assert "old" not in readme
-    assert all(f"`{name}`" in readme for name in step.ENTRIES)
-
-
-def test_step_replaces_its_own_rows_only(tiny_run):
-    before, _ = tiny_run("--methods", "identity", "orthogonalise()")
-    after, _ = tiny_run("--methods", "orthogonalise()", "--rounds", "4")
-    assert [row["method"] for row in after] == ["identity", "orthogonalise()"]
-    assert after[0] == before[0]
-    assert after[1]["calls"] == "4"
-
-
-@pytest.mark.parametrize(
-    "name, parameters, kernels",
-    [("resnet18", 11_689_512, 21), ("resnet20", 269_722, 20)],
-)
-def test_trees_have_the_published_number_of_parameters(name, parameters, kernels):
-    leaves = jax.tree.leaves(trees.TREES[name]())
-    assert sum(leaf.size for leaf in leaves) == parameters
-    assert sum(leaf.ndim > 1 for leaf in leaves) == kernels
-
-
-def test_gradients_are_seeded_and_keep_the_tree():
-    tree = tiny()
-    one, again, other = (trees.gaussian(tree, seed) for seed in (0, 0, 1))
-    assert jax.tree.structure(one) == jax.tree.structure(tree)
-    kernel = one["conv"]["kernel"]
-    assert kernel.shape == (3, 3, 2, 4)
-    assert kernel.dtype == jnp.float32
-    assert (kernel == again["conv"]["kernel"]).all()
-    assert (kernel != other["conv"]["kernel"]).any()

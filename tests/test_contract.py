@@ -94,6 +94,27 @@ def polynomial(table):
     return factor
 
 
+def halley(steps):
+    """Two dynamically weighted Halley steps, from 1e-3 of the Frobenius norm up.
+
+    Nakatsukasa, Bai, Gygi 2010, Section 3.
+    """
+
+    def factor(g):
+        u, s, vh = np.linalg.svd(g, full_matrices=False)
+        s = s / np.linalg.norm(s)
+        low = 1e-3
+        for _ in range(steps):
+            d = np.cbrt(4 * (1 - low**2) / low**4)
+            a = np.sqrt(1 + d)
+            a += np.sqrt(8 - 4 * d + 8 * (2 - low**2) / (low**2 * a)) / 2
+            b = (a - 1) ** 2 / 4
+            s, low = (t * (a + b * t**2) / (1 + (a + b - 1) * t**2) for t in (s, low))
+        return u @ np.diag(s) @ vh
+
+    return factor
+
+
 def on_matrices(f: Callable[[np.ndarray], np.ndarray]) -> Oracle:
     return lambda at: f(at.g) if at.is_matrix else at.g
 
@@ -315,7 +336,8 @@ def method_cases() -> list[Case]:
     express = polynomial(polar.polar_express())
     rows = [
         ("Auto", polar.Auto(), exact, 2e-4),
-        ("Auto_fast", polar.Auto("fast"), polynomial(polar.polar_express(steps=6)), 0),
+        # On CPU, where the default run of these tests is.
+        ("Auto_fast", polar.Auto("fast"), halley(2), 0),
         ("SVD", polar.SVD(), exact, 0),
         ("SVD_complete", polar.SVD(null_space="complete"), exact, 0),
         ("QDWH", polar.QDWH(), exact, 0),

@@ -1,5 +1,7 @@
 """The small convolutional network of the paper, BasicCNN."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 
@@ -17,6 +19,7 @@ class BasicCNN(nnx.Module):
       classes: number of classes.
       strides: strides of the three convolutions.
       features: channels of every convolution.
+      dtype: dtype of the activations; parameters and logits are float32.
       rngs: random streams of the initial weights.
 
     References:
@@ -31,23 +34,29 @@ class BasicCNN(nnx.Module):
         *,
         strides: tuple[int, int, int] = (2, 2, 2),
         features: int = 32,
+        dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         height, width, channels = shape
         for stride in strides:
             height, width = -(-height // stride), -(-width // stride)
 
+        options = {"dtype": dtype, "rngs": rngs}
+
         def convolution(channels: int, stride: int) -> nnx.Conv:
             return nnx.Conv(
-                channels, features, (3, 3), strides=stride, padding=1, rngs=rngs
+                channels, features, (3, 3), strides=stride, padding=1, **options
             )
 
+        def norm() -> nnx.BatchNorm:
+            return nnx.BatchNorm(features, momentum=0.9, **options)
+
         self.conv1 = convolution(channels, strides[0])
-        self.norm1 = nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+        self.norm1 = norm()
         self.conv2 = convolution(features, strides[1])
-        self.norm2 = nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+        self.norm2 = norm()
         self.conv3 = convolution(features, strides[2])
-        self.norm3 = nnx.BatchNorm(features, momentum=0.9, rngs=rngs)
+        self.norm3 = norm()
         self.head = nnx.Linear(height * width * features, classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:

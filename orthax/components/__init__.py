@@ -5,7 +5,10 @@ from orthax.components._from_model import (
     FromModel as FromModel,
     from_model as from_model,
 )
-from orthax.components._map import Stacking as Stacking, map_matrices as map_matrices
+from orthax.components._map import (
+    map_matrices as map_matrices,
+    map_stacks as map_stacks,
+)
 from orthax.components._matricisation import Matricisation as Matricisation
 from orthax.components._rule import (
     ByPath as ByPath,
@@ -14,6 +17,7 @@ from orthax.components._rule import (
     Rule as Rule,
     check_rule as check_rule,
 )
+from orthax.components._stacking import Group as Group, Stacking as Stacking
 from orthax.components._tree import (
     Leaf as Leaf,
     decide_all as decide_all,

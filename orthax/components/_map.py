@@ -1,7 +1,6 @@
-"""The one deep function: fold the leaves, stack equal shapes, call once, unfold."""
+"""The one deep function: fold the leaves, call on stacks, unfold."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,39 +8,8 @@ import jax.numpy as jnp
 
 from orthax.components._by_name import ByName
 from orthax.components._rule import Rule
+from orthax.components._stacking import Stacking
 from orthax.components._tree import Leaf, resolve
-
-
-@dataclasses.dataclass(frozen=True)
-class Stacking:
-    """How equal matrices are worked on together.
-
-    Attributes:
-      max_bytes: largest stack that is handed to the function at once, in bytes of its
-        input; larger ones are worked on in pieces, one after another. Default: no
-        limit.
-
-    Raises:
-      ValueError: if `max_bytes` is not positive; from `map_matrices`, if it is smaller
-        than one matrix.
-      TypeError: if `max_bytes` is not an integer.
-
-    Example:
-      >>> from orthax import components
-      >>> components.Stacking(max_bytes=2**28)
-      Stacking(max_bytes=268435456)
-    """
-
-    max_bytes: int | None = None
-
-    def __post_init__(self):
-        limit = self.max_bytes
-        if limit is None:
-            return
-        if isinstance(limit, bool) or not isinstance(limit, int):
-            raise TypeError(f"`max_bytes` must be an integer or None, got {limit!r}.")
-        if limit < 1:
-            raise ValueError(f"`max_bytes` must be positive, got {limit}.")
 
 
 def map_matrices(
@@ -84,6 +52,44 @@ def map_matrices(
       >>> float(halved["kernel"][0, 0]), float(halved["bias"][0])
       (2.0, 1.0)
     """
+    each = stacking.each(f, commutes_with_transpose=commutes_with_transpose)
+    return map_stacks(each, tree, rule)
+
+
+def map_stacks(
+    f: Callable[[list[jax.Array]], Sequence[jax.Array]],
+    tree: Any,
+    rule: Rule = ByName(),
+) -> Any:
+    """Apply a function on all stacks of a tree at once.
+
+    The plain form of `map_matrices`, for functions that stack what they like: leaves
+    are folded as the rule says, `f` is called once with one stack for each leaf (or
+    part of a fused one), and everything is put back.
+
+    Args:
+      f: maps a list of stacks `(b, m, n)` to as many of equal shapes and dtypes.
+      tree: floating or complex arrays in any pytree; other leaves come back untouched.
+      rule: how leaves are cut; leaves that it leaves alone come back untouched.
+
+    Returns:
+      A tree of equal structure, shapes and dtypes.
+
+    Raises:
+      ValueError: as `components.resolve`.
+      TypeError: as `components.resolve`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import components
+      >>> grads = {"a": {"kernel": jnp.ones((2, 3))}, "b": {"kernel": jnp.ones((4, 3))}}
+      >>> shapes = []
+      >>> _ = components.map_stacks(
+      ...     lambda xs: [shapes.append(x.shape) or x for x in xs], grads
+      ... )
+      >>> shapes
+      [(1, 2, 3), (1, 4, 3)]
+    """
     leaves = resolve(tree, rule)
     stacks = [
         stack
@@ -91,8 +97,7 @@ def map_matrices(
         if leaf.cut
         for stack in leaf.cut.fold(jnp.asarray(leaf.value))
     ]
-    turned = [commutes_with_transpose and x.shape[1] > x.shape[2] for x in stacks]
-    results = iter(_turn(_grouped(f, _turn(stacks, turned), stacking), turned))
+    results = iter(f(stacks))
     values = [
         leaf.cut.unfold([next(results) for _ in _shapes(leaf)], leaf.value.shape)
         if leaf.cut
@@ -104,57 +109,3 @@ def map_matrices(
 
 def _shapes(leaf: Leaf) -> tuple[tuple[int, int, int], ...]:
     return leaf.cut.matrices(leaf.value.shape)
-
-
-def _turn(stacks: list[jax.Array], turned: list[bool]) -> list[jax.Array]:
-    return [x.mT if turn else x for x, turn in zip(stacks, turned, strict=True)]
-
-
-def _grouped(
-    f: Callable[[jax.Array], jax.Array], stacks: list[jax.Array], stacking: Stacking
-) -> list[jax.Array]:
-    """Call `f` once for all stacks of equal matrices, and take its result apart."""
-    groups: dict[Any, list[int]] = {}
-    for i, x in enumerate(stacks):
-        groups.setdefault((x.shape[1:], x.dtype), []).append(i)
-    results = list(stacks)
-    for members in groups.values():
-        parts = [stacks[i] for i in members]
-        whole = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-        whole = _bounded(f, whole, stacking)
-        ends = [sum(len(x) for x in parts[: k + 1]) for k in range(len(parts) - 1)]
-        for i, x in zip(members, jnp.split(whole, ends), strict=True):
-            results[i] = x
-    return results
-
-
-def _bounded(
-    f: Callable[[jax.Array], jax.Array], x: jax.Array, stacking: Stacking
-) -> jax.Array:
-    """Call `f` on a stack, in pieces of at most `stacking.max_bytes`."""
-    b, m, n = x.shape
-    bytes_each = m * n * x.dtype.itemsize
-    at_once = b if stacking.max_bytes is None else stacking.max_bytes // bytes_each
-    if at_once < 1:
-        raise ValueError(
-            f"Stacking(max_bytes={stacking.max_bytes}) is smaller than one {m} x {n} "
-            f"matrix of dtype {x.dtype}, which takes {bytes_each} bytes: raise it."
-        )
-    whole, rest = divmod(b, at_once)
-    if whole < 2 and not (whole and rest):
-        return _called(f, x)
-    head = x[: whole * at_once].reshape(whole, at_once, m, n)
-    head = jax.lax.map(lambda piece: _called(f, piece), head).reshape(-1, m, n)
-    if not rest:
-        return head
-    return jnp.concatenate([head, _called(f, x[whole * at_once :])])
-
-
-def _called(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    out = f(x)
-    if out.shape != x.shape:
-        raise ValueError(
-            f"The function mapped over matrices turned a stack of shape {x.shape} into "
-            f"{out.shape}; it must keep the shape."
-        )
-    return out

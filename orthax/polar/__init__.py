@@ -13,12 +13,15 @@ from orthax.polar._coefficients import (
     JORDAN as JORDAN,
     polar_express as polar_express,
 )
+from orthax.polar._dwh import DWH as DWH
 from orthax.polar._gram_eigh import GramEigh as GramEigh
 from orthax.polar._method import PolarMethod as PolarMethod
 from orthax.polar._newton_schulz import NewtonSchulz as NewtonSchulz
 from orthax.polar._polar_factor import (
     check_method as check_method,
+    joining as joining,
     polar_factor as polar_factor,
+    polar_factors as polar_factors,
 )
 from orthax.polar._qdwh import QDWH as QDWH
 from orthax.polar._svd import SVD as SVD

@@ -5,6 +5,8 @@ import dataclasses
 import jax
 
 from orthax.polar._coefficients import polar_express
+from orthax.polar._dwh import DWH
+from orthax.polar._method import PolarMethod
 from orthax.polar._newton_schulz import NewtonSchulz
 
 _TIERS = ("exact", "fast")
@@ -12,12 +14,17 @@ _TIERS = ("exact", "fast")
 
 @dataclasses.dataclass(frozen=True)
 class Auto:
-    """The default: Newton-Schulz with optimal coefficients, chosen per platform.
+    """The default: the fastest method of a platform that keeps the stated error.
+
+    | accuracy | CPU | GPU, TPU, any other |
+    |---|---|---|
+    | `"exact"` | `DWH()` | `NewtonSchulz()` |
+    | `"fast"` | `DWH(restart=False, polish=False)` | six steps, bfloat16 products |
 
     `"exact"` brings every singular value from 1e-3 of the Frobenius norm up to within
     1e-4 of one in float32; `"fast"`, for those who only need the direction (Muon), to
-    within 0.15, with bfloat16 products on GPU and TPU. The choice is made when the
-    program is lowered, so one program serves every platform.
+    within 0.15. The choice is made when the program is lowered, so one program serves
+    every platform. `benchmarks/README.md` has the measurements behind it.
 
     Attributes:
       accuracy: `"exact"` or `"fast"`.
@@ -40,7 +47,8 @@ class Auto:
       True
 
     References:
-      Amsel et al.: "The Polar Express", 2025, arXiv 2505.16932.
+      Amsel et al.: "The Polar Express", 2025, arXiv 2505.16932 (the coefficients);
+      Nakatsukasa, Bai, Gygi 2010 (the Halley steps, see `DWH`).
     """
 
     accuracy: str = "exact"
@@ -51,20 +59,24 @@ class Auto:
                 f"`accuracy` must be one of {_TIERS}, got {self.accuracy!r}."
             )
 
+    def on(self, platform: str) -> PolarMethod:
+        """Return the method that is used on a platform: `"cpu"`, `"gpu"`, `"tpu"` ...
+
+        A platform that is not known is served like an accelerator, by matrix products.
+        """
+        fast = self.accuracy == "fast"
+        if platform == "cpu":
+            return DWH(restart=not fast, polish=not fast)
+        if fast:
+            return NewtonSchulz(polar_express(1e-3, 6), dtype="bfloat16")
+        return NewtonSchulz()
+
     def factor(self, x: jax.Array) -> jax.Array:
         """Return the polar factors of a stack, `(b, m, n)`."""
-        if self.accuracy == "exact" or x.dtype != "float32":
-            return self._full().factor(x)
-        half = dataclasses.replace(self._full(), dtype="bfloat16")
         return jax.lax.platform_dependent(
-            x, cpu=self._full().factor, default=half.factor
+            x, cpu=self.on("cpu").factor, default=self.on("other").factor
         )
 
     def flops(self, m: int, n: int) -> float:
-        """Return the operations for one m x n matrix."""
-        return self._full().flops(m, n)
-
-    def _full(self) -> NewtonSchulz:
-        """Return the method at the full precision of its input."""
-        steps = None if self.accuracy == "exact" else 6
-        return NewtonSchulz(polar_express(1e-3, steps))
+        """Return the operations for one m x n matrix on the default platform."""
+        return self.on(jax.default_backend()).flops(m, n)

@@ -1,6 +1,7 @@
 """The polar factor by the eigendecomposition of the small Gram matrix."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,11 @@ from orthax.polar._decompose import eigh
 from orthax.polar._method import (
     adjoint,
     check_positive_or_none,
+    gram,
     matmul,
     rank_tolerance,
     sides,
+    times,
 )
 
 
@@ -50,6 +53,8 @@ class GramEigh:
       $X (X^H X)^{-1/2}$.
     """
 
+    fills_null_space: ClassVar[bool] = False
+
     rank_tol: float | None = None
 
     def __post_init__(self):
@@ -57,14 +62,11 @@ class GramEigh:
 
     def factor(self, x: jax.Array) -> jax.Array:
         """Return the polar factors of a stack, `(b, m, n)`."""
-        wide = x.shape[-2] < x.shape[-1]
-        gram = matmul(x, adjoint(x)) if wide else matmul(adjoint(x), x)
-        values, v = eigh(gram)
+        values, v = eigh(gram(x))
         tol = self.rank_tol or rank_tolerance(x.shape, x.dtype) ** 0.5
         kept = values > tol**2 * values[:, -1:]
         inverse = jnp.where(kept, jax.lax.rsqrt(jnp.where(kept, values, 1)), 0)
-        root = matmul(v * inverse[:, None, :], adjoint(v))
-        return matmul(root, x) if wide else matmul(x, root)
+        return times(matmul(v * inverse[:, None, :], adjoint(v)), x)
 
     def flops(self, m: int, n: int) -> float:
         """Return about `4 k^2 l + 11 k^3`, k the short and l the long side.

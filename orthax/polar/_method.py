@@ -13,7 +13,10 @@ class PolarMethod(Protocol):
 
     `polar_factor` hands `factor` matrices that are ready: floating or complex of at
     least 32 bits, finite, each of Frobenius norm one or zero. Write your own by giving
-    a frozen dataclass these two methods.
+    a frozen dataclass these two methods. Two attributes may follow: `any_scale = True`
+    where `factor` takes matrices as they are, of any scale and perhaps not finite, and
+    `fills_null_space = False` where it gives zeros for zeros, so that matrices may be
+    padded.
     """
 
     def factor(self, x: jax.Array) -> jax.Array:
@@ -33,6 +36,17 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 def adjoint(x: jax.Array) -> jax.Array:
     """Return the conjugate transpose of every matrix of a stack."""
     return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
+
+
+def gram(x: jax.Array) -> jax.Array:
+    """Return the Gram matrix of the short side of every matrix of a stack."""
+    wide = x.shape[-2] <= x.shape[-1]
+    return matmul(x, adjoint(x)) if wide else matmul(adjoint(x), x)
+
+
+def times(q: jax.Array, x: jax.Array) -> jax.Array:
+    """Return the product of Q with the short side of X, matrix by matrix."""
+    return matmul(q, x) if x.shape[-2] <= x.shape[-1] else matmul(x, q)
 
 
 def rank_tolerance(shape: tuple[int, ...], dtype: jnp.dtype) -> float:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,8 @@ class NewtonSchulz:
       https://github.com/Dao-AILab/gram-newton-schulz (iterating on the Gram matrix,
       with restarts).
     """
+
+    fills_null_space: ClassVar[bool] = False
 
     coefficients: Sequence[Sequence[float]] = dataclasses.field(
         default_factory=polar_express

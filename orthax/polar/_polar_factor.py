@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,9 @@ from orthax.polar._auto import Auto
 from orthax.polar._decompose import eigh
 from orthax.polar._method import PolarMethod, adjoint, matmul, rank_tolerance
 from orthax.polar._svd import SVD
+
+Function = Callable[[jax.Array], jax.Array]
+ManyFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
 def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.Array:
@@ -52,8 +57,66 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
     References:
       Higham: "Functions of Matrices", SIAM 2008, Theorems 8.1 and 8.4 (nearness).
     """
-    x = jnp.asarray(x)
+    return polar_factors((jnp.asarray(x),), method)[0]
+
+
+def _apart(f: Function, **_: Any) -> ManyFunction:
+    """Lift a function on a stack to many stacks: one call for each."""
+    return lambda stacks: [f(x) for x in stacks]
+
+
+def polar_factors(
+    xs: Sequence[jax.Array],
+    method: PolarMethod = Auto(),
+    each: Callable[..., ManyFunction] = _apart,
+) -> list[jax.Array]:
+    """Return the orthogonal polar factors of many stacks of matrices at once.
+
+    What `polar_factor` gives for each; `each` says which are worked on together.
+
+    Args:
+      xs: stacks, each of shape `(*batch, m, n)` and of any floating or complex dtype.
+      method: how; default `polar.Auto()`.
+      each: how a function on one stack `(b, m, n)` is lifted to many, such as
+        `components.Stacking().each`; default: one call for each stack. Hashable.
+
+    Returns:
+      As many stacks of polar factors, shapes and dtypes of `xs`.
+
+    Raises:
+      TypeError: as `polar_factor`.
+      ValueError: as `polar_factor`.
+
+    Limits:
+      As `polar_factor`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import polar
+      >>> tall, wide = polar.polar_factors([5 * jnp.eye(3, 2), -2 * jnp.eye(2, 3)])
+      >>> tall.shape, float(wide[0, 0].round(4))
+      ((3, 2), -1.0)
+
+    References:
+      Higham: "Functions of Matrices", SIAM 2008, Theorems 8.1 and 8.4 (nearness).
+    """
     check_method(method)
+    for x in xs:
+        _check_matrices(x)
+    full = [i for i, x in enumerate(xs) if x.size]
+    work = tuple(
+        xs[i]
+        .astype(jnp.promote_types(xs[i].dtype, jnp.float32))
+        .reshape(math.prod(xs[i].shape[:-2]), *xs[i].shape[-2:])
+        for i in full
+    )
+    out = list(xs)
+    for i, factor in zip(full, _compiled(work, method, each), strict=True):
+        out[i] = factor.reshape(xs[i].shape).astype(xs[i].dtype)
+    return out
+
+
+def _check_matrices(x: jax.Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"`x` must be floating or complex, got dtype {x.dtype}: convert it first."
@@ -63,12 +126,6 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
             f"`x` must have shape (*batch, m, n), got shape {x.shape}: a vector has no "
             "polar factor; reshape it to a row or a column."
         )
-    if x.size == 0:
-        return x
-    work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    batch = math.prod(x.shape[:-2])
-    out = _compiled(work.reshape(batch, *x.shape[-2:]), method)
-    return out.reshape(x.shape).astype(x.dtype)
 
 
 def check_method(method: PolarMethod) -> None:
@@ -92,14 +149,57 @@ def check_method(method: PolarMethod) -> None:
         )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _factor(x: jax.Array, method: PolarMethod) -> jax.Array:
-    unit, _, finite = _normalised(x)
-    return jnp.where(finite, method.factor(unit), jnp.nan)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _factors(
+    xs: tuple[jax.Array, ...], method: PolarMethod, each: Callable[..., ManyFunction]
+) -> list[jax.Array]:
+    def on(platform: str) -> Callable[..., list[jax.Array]]:
+        used = method.on(platform) if isinstance(method, Auto) else method
+        lifted = each(_factor_by(used), **joining(used, platform))
+        return lambda *xs: lifted(xs)
+
+    return jax.lax.platform_dependent(*xs, cpu=on("cpu"), default=on("other"))
 
 
 # Compiled once for each shape and method, also where polar_factor is called eagerly.
-_compiled = jax.jit(_factor, static_argnames="method")
+_compiled = jax.jit(_factors, static_argnames=("method", "each"))
+
+
+def joining(method: PolarMethod, platform: str) -> dict[str, bool | int | None]:
+    """Return how a method wants stacks worked on together, on a platform.
+
+    Args:
+      method: a polar method.
+      platform: `"cpu"`, `"gpu"`, `"tpu"` ...; any other is taken for an accelerator.
+
+    Returns:
+      The keywords of `components.Stacking.groups`, and those of `each` beside them. On
+      CPU a large matrix keeps the machine busy, joining would only copy, and one group
+      after another needs less memory; accelerators need many at once. Padding saves
+      calls and compilation, and is left to methods to which it makes no difference.
+
+    Example:
+      >>> from orthax import polar
+      >>> polar.joining(polar.QDWH(), "cpu")["pad_bytes"]
+      0
+    """
+    how = {"commutes_with_transpose": True, "pad_bytes": 2**22}
+    if platform == "cpu":
+        how |= {"join_bytes": 2**18, "pad_bytes": 2**18}
+        how |= {"stack_bytes": 2**21, "in_turn": True}
+    if getattr(method, "fills_null_space", True):
+        how["pad_bytes"] = 0
+    return how
+
+
+def _factor_by(method: PolarMethod) -> Function:
+    def factor(x: jax.Array) -> jax.Array:
+        if getattr(method, "any_scale", False):
+            return method.factor(x)
+        unit, _, finite = _normalised(x)
+        return jnp.where(finite, method.factor(unit), jnp.nan)
+
+    return factor
 
 
 def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
@@ -124,8 +224,14 @@ def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Arr
     return x / norm, (largest, norm), finite
 
 
-@_factor.defjvp
-def _factor_jvp(method, primals, tangents):
+@_factors.defjvp
+def _factors_jvp(method, each, primals, tangents):
+    (xs,), (dxs,) = primals, tangents
+    primals = _factors(xs, method, each)
+    return primals, [_derivative(x, dx) for x, dx in zip(xs, dxs, strict=True)]
+
+
+def _derivative(x: jax.Array, dx: jax.Array) -> jax.Array:
     r"""Differentiate the exact factor, of a tall X = U P; a wide one is turned.
 
     $dU = U \Omega + (I - U U^H) dX P^{-1}$, where $\Omega$ solves the Sylvester
@@ -133,7 +239,6 @@ def _factor_jvp(method, primals, tangents):
     Problem 8.16), with inverses on the range of P alone. U is itself differentiable
     and the equations are solved implicitly, so that every order follows.
     """
-    (x,), (dx,) = primals, tangents
     unit, divisors, finite = _normalised(x)
     for divisor in divisors:
         dx = dx / divisor
@@ -141,13 +246,11 @@ def _factor_jvp(method, primals, tangents):
     wide = x.shape[-2] < x.shape[-1]
     if wide:
         unit, dx = unit.mT, dx.mT
-    u = _factor(unit, SVD())
+    u = _factors((unit,), SVD(), _apart)[0]
     k = matmul(adjoint(u), dx)
     sylvester, division = _solvers(matmul(adjoint(u), unit), unit.shape)
     du = matmul(u, sylvester(k - adjoint(k))) + division(dx - matmul(u, k))
-    primal = _factor(x, method)
-    du = jnp.where(finite, du.mT if wide else du, jnp.nan)
-    return primal, du.astype(primal.dtype)
+    return jnp.where(finite, du.mT if wide else du, jnp.nan).astype(x.dtype)
 
 
 def _solvers(p: jax.Array, shape: tuple[int, ...]):

@@ -1,5 +1,6 @@
 """Replace every gradient matrix by its orthogonal polar factor."""
 
+import jax
 import optax
 
 from orthax import components, polar
@@ -64,13 +65,10 @@ def orthogonalise(
             f"{type(stacking).__name__}."
         )
 
+    def factors(stacks: list[jax.Array]) -> list[jax.Array]:
+        return polar.polar_factors(stacks, method, stacking.each)
+
     def update(updates: optax.Updates) -> optax.Updates:
-        return components.map_matrices(
-            lambda x: polar.polar_factor(x, method),
-            updates,
-            rule,
-            stacking=stacking,
-            commutes_with_transpose=True,
-        )
+        return components.map_stacks(factors, updates, rule)
 
     return stateless(update, rule)

@@ -1,12 +1,12 @@
 """The CPU default: weighted Halley steps, their inverses, and who gets them."""
 
 import decimal
+import os
 import subprocess
 import sys
 import textwrap
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -58,10 +58,6 @@ def check_contract(s, inside, kept=1e-4, coupled=1e-3):
     assert np.linalg.norm(null, 2 if null.size else None) < 1e-2
 
 
-def halley(x, w):
-    return x * (w.a + w.b * x**2) / (1 + w.c * x**2)
-
-
 def test_weights_are_those_of_the_formula_in_fifty_digits():
     number = decimal.Decimal
     with decimal.localcontext(prec=50):
@@ -82,7 +78,7 @@ def test_weights_are_optimal_for_their_interval():
     low = 1e-3
     for w in _weights(2):
         x = np.geomspace(low, 1, 400_001)
-        y = halley(x, w)
+        y = x * (w.a + w.b * x**2) / (1 + w.c * x**2)
         assert np.isclose(w.lower, y[0], rtol=1e-12)
         assert np.isclose(y[-1], 1, rtol=1e-12)
         assert y.min() > w.lower * (1 - 1e-9)
@@ -266,22 +262,24 @@ def test_derivative_on_many_stacks_is_that_of_every_stack(x64):
         assert np.isnan(tangent) or np.isclose(tangent, np.vdot(exact, w))
 
 
-def test_six_shapes_under_vmap_in_one_program_do_not_deadlock():
-    """Stacks of four, inverted in one block and in two."""
+def test_six_shapes_in_one_program_do_not_deadlock():
+    """Stacks of four, inverted in one block and in two, plain and under vmap."""
     script = """
         import jax, jax.numpy as jnp
         from orthax import polar
-        xs = [jax.random.normal(jax.random.key(i), (2, 2, 150 + 9 * i, 80 + 9 * i))
+        xs = [jax.random.normal(jax.random.key(i), (4, 150 + 9 * i, 80 + 9 * i))
               for i in range(6)]
-        f = jax.jit(jax.vmap(lambda xs: polar.polar_factors(xs, polar.DWH())))
-        assert all(jnp.isfinite(o).all() for o in f(xs))
+        plain = lambda xs: polar.polar_factors(xs, polar.DWH())
+        for f in (plain, jax.vmap(plain)):
+            f = jax.jit(f)
+            for _ in range(9):
+                assert all(jnp.isfinite(o).all() for o in f(xs))
         print("finished")
     """
     call = [sys.executable, "-c", textwrap.dedent(script)]
-    done = subprocess.run(
-        call, timeout=240, capture_output=True, text=True, check=False
-    )
-    assert done.stdout == "finished\n", done.stderr
+    # With one device: eight of them have threads enough for anything.
+    env = os.environ | {"XLA_FLAGS": ""}
+    assert subprocess.check_output(call, env=env, timeout=120) == b"finished\n"
 
 
 @pytest.mark.parametrize("value", [1, None, "yes", np.True_], ids=repr)
@@ -299,24 +297,3 @@ def test_auto_uses_it_on_cpu_alone():
         (method,) = {polar.Auto(accuracy).on(p) for p in platforms}
         assert isinstance(method, polar.NewtonSchulz)
         assert method.dtype == dtype
-
-
-def test_one_artefact_for_every_platform():
-    tx = orthax.orthogonalise()
-    shapes = [(6, 20), (20, 6), (6, 24), (3, 3, 8, 110)]
-    key = jax.random.key(0)
-    grads = [{"kernel": jax.random.normal(key, shape)} for shape in shapes]
-    step = jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0])
-    export = lambda *on: jax.export.export(step, platforms=on)(grads)  # noqa: E731
-    for platform in ("cuda", "tpu"):
-        text = export(platform).mlir_module()
-        assert "dot_general" in text
-        # These shapes are slim enough for a Gram iteration, whose loop is unrolled.
-        for foreign in ("lapack", "cholesky", "custom_call", "stablehlo.while"):
-            assert foreign not in text
-    assert "lapack" in export("cpu").mlir_module()
-    artefact = export("cpu", "cuda", "tpu")
-    assert artefact.platforms == ("cpu", "cuda", "tpu")
-    out, expected = artefact.call(grads), step(grads)
-    error = jax.tree.map(lambda x, y: np.abs(x - y).max(), out, expected)
-    assert max(jax.tree.leaves(error)) < 1e-6

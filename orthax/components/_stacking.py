@@ -78,34 +78,28 @@ class Stacking:
         Returns:
           Every stack in one group.
         """
-        keys = []
+        places = []
         for i, x in enumerate(stacks):
             _, m, n = x.shape
             join = join_bytes is None or _bytes_each(x.shape, x.dtype) <= join_bytes
             turn = commutes_with_transpose and join and m > n
-            shape = (n, m) if turn else (m, n)
-            # Wide before tall, long before short: each may take in those that follow.
-            key = (x.dtype.name, shape[0] > shape[1], min(m, n), -max(m, n))
-            keys.append((key, -1 if join else i, i, turn, shape))
+            # Longer before shorter ones: each may take in those that follow.
+            kind = (x.dtype.name, turn or m <= n, min(m, n))
+            places.append((kind, -max(m, n), -1 if join else i, i, turn))
         groups = []
-        for (key, alone), members in itertools.groupby(
-            sorted(keys, key=lambda k: k[:3]), lambda k: k[:2]
-        ):
-            _, _, places, turned, shapes = zip(*members, strict=True)
-            b = sum(stacks[i].shape[0] for i in places)
-            new = Group(places, turned, (b, *shapes[0]))
-            last = groups[-1] if groups else None
-            if last and alone < 0 and last[1][:3] == key[:3] and last[2] < 0:
-                missing = math.prod(last[0].shape[1:]) - math.prod(shapes[0])
-                if b * missing * stacks[places[0]].dtype.itemsize <= pad_bytes:
-                    whole = (last[0].shape[0] + b, *last[0].shape[1:])
-                    merged = Group(
-                        last[0].members + places, last[0].turned + turned, whole
-                    )
-                    groups[-1] = (merged, *last[1:])
+        same = itertools.groupby(sorted(places), lambda place: place[:3])
+        for (kind, _, alone), members in same:
+            *_, indices, turned = zip(*members, strict=True)
+            group = _group(stacks, indices, turned)
+            if groups and alone < 0 and groups[-1][0] == (kind, True):
+                merged, added = _merged(groups[-1][1], group)
+                itemsize = stacks[indices[0]].dtype.itemsize
+                each = math.prod(merged.shape[1:]) * itemsize
+                if added * itemsize <= pad_bytes and each <= (self.max_bytes or each):
+                    groups[-1] = ((kind, True), merged)
                     continue
-            groups.append((new, key, alone))
-        return [group for group, _, _ in groups]
+            groups.append(((kind, alone < 0), group))
+        return [group for _, group in groups]
 
     def each(
         self,
@@ -166,6 +160,23 @@ class Stacking:
                 f"matrix of dtype {x.dtype}, which takes {bytes_each} bytes: raise it."
             )
         return at_once
+
+
+def _group(
+    stacks: Sequence[jax.Array], indices: Sequence[int], turned: Sequence[bool]
+) -> Group:
+    _, m, n = stacks[indices[0]].shape
+    b = sum(stacks[i].shape[0] for i in indices)
+    return Group(tuple(indices), tuple(turned), (b, n, m) if turned[0] else (b, m, n))
+
+
+def _merged(longer: Group, shorter: Group) -> tuple[Group, int]:
+    """Return one group of two, and how many zeros that adds."""
+    b, *matrix = longer.shape
+    whole = (b + shorter.shape[0], *matrix)
+    added = shorter.shape[0] * (math.prod(matrix) - math.prod(shorter.shape[1:]))
+    members = longer.members + shorter.members
+    return Group(members, longer.turned + shorter.turned, whole), added
 
 
 def _joined(stacks: Sequence[jax.Array], group: Group) -> jax.Array:

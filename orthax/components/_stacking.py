@@ -72,8 +72,8 @@ class Stacking:
           join_bytes: matrices of more bytes are not joined with others: where one
             keeps the machine busy, joining only copies. Default: all are joined.
           pad_bytes: joined matrices with the same short side share a stack, padded
-            with zeros on the long side, where that adds at most so many bytes. Only for
-            functions that give zeros for zeros.
+            with zeros on the long side, where that adds at most so many bytes to those
+            of one shape. Only for functions that give zeros for zeros.
 
         Returns:
           Every stack in one group.
@@ -151,6 +151,8 @@ class Stacking:
         """Return how many matrices of a stack are handed to the function at once."""
         b, m, n = x.shape
         bytes_each = _bytes_each(x.shape, x.dtype)
+        if not x.size:
+            return max(1, b)
         at_once = b if stack_bytes is None else max(1, stack_bytes // bytes_each)
         if self.max_bytes is not None:
             at_once = min(at_once, self.max_bytes // bytes_each)

@@ -51,7 +51,7 @@ def positive_definite_inverse(x: jax.Array) -> jax.Array:
     By halves: with a leading block P, the block Q beside it and the Schur complement
     S of P, the inverse has the blocks $P^{-1} + T S^{-1} T^H$, $-T S^{-1}$ and
     $S^{-1}$, $T = P^{-1} Q$ (Horn, Johnson: "Matrix Analysis", 2nd edition, (0.7.3.1)).
-    That is `4/3 m^3` operations, nearly all of them in large products.
+    That is `2 m^3` operations, nearly all of them in large products.
     """
     m = x.shape[-1]
     halvings = max(0, math.ceil(math.log2(m / _BLOCK)))

@@ -145,8 +145,8 @@ def explain(
       Worked on together on cpu by DWH(restart=True, polish=True):
       <BLANKLINE>
       stack          leaves  dtype    MFLOP  MiB
-      1 x (16 x 72)  1       float32  0.183  0.00439
-      one update                      0.183  0.00439
+      1 x (16 x 72)  1       float32  0.197  0.00439
+      one update                      0.197  0.00439
     """
     polar.check_method(method)
     platform = jax.default_backend() if platform is None else platform

@@ -513,3 +513,18 @@ def test_methods_are_hashable_printable_and_not_callable():
     from_list = NS([[1.5, -0.5]] * 3, restarts=[1, 2])
     assert from_list == NS(((1.5, -0.5),) * 3, restarts=(1, 2))
     assert hash(from_list)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "complex128", "float64"])
+def test_fast_rounds_products_of_float32_alone(dtype, x64):
+    """Every platform's branch is traced; half precision cannot hold complex numbers."""
+    import jax.export
+
+    x = jnp.asarray(conditioned(24, 8), dtype)
+    out = polar_factor(x, polar.Auto("fast"))
+    assert out.dtype == dtype
+    assert np.abs(np.asarray(out) - factor(np.asarray(x))).max() < 0.04
+    shapes = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    step = jax.jit(lambda x: polar_factor(x, polar.Auto("fast")))
+    text = jax.export.export(step, platforms=["cuda"])(shapes).mlir_module()
+    assert "bf16" not in text

@@ -59,22 +59,26 @@ class Auto:
                 f"`accuracy` must be one of {_TIERS}, got {self.accuracy!r}."
             )
 
-    def on(self, platform: str) -> PolarMethod:
+    def on(self, platform: str, dtype: jax.typing.DTypeLike = "float32") -> PolarMethod:
         """Return the method that is used on a platform: `"cpu"`, `"gpu"`, `"tpu"` ...
 
         A platform that is not known is served like an accelerator, by matrix products.
+        Products are rounded to bfloat16 for matrices of dtype float32 alone.
         """
         fast = self.accuracy == "fast"
         if platform == "cpu":
             return DWH(restart=not fast, polish=not fast)
         if fast:
-            return NewtonSchulz(polar_express(1e-3, 6), dtype="bfloat16")
+            half = "bfloat16" if dtype == "float32" else None
+            return NewtonSchulz(polar_express(1e-3, 6), dtype=half)
         return NewtonSchulz()
 
     def factor(self, x: jax.Array) -> jax.Array:
         """Return the polar factors of a stack, `(b, m, n)`."""
         return jax.lax.platform_dependent(
-            x, cpu=self.on("cpu").factor, default=self.on("other").factor
+            x,
+            cpu=self.on("cpu", x.dtype).factor,
+            default=self.on("other", x.dtype).factor,
         )
 
     def flops(self, m: int, n: int) -> float:

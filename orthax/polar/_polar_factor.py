@@ -154,8 +154,12 @@ def _factors(
     xs: tuple[jax.Array, ...], method: PolarMethod, each: Callable[..., ManyFunction]
 ) -> list[jax.Array]:
     def on(platform: str) -> Callable[..., list[jax.Array]]:
-        used = method.on(platform) if isinstance(method, Auto) else method
-        lifted = each(_factor_by(used), **joining(used, platform))
+        def used(dtype: jax.typing.DTypeLike) -> PolarMethod:
+            return method.on(platform, dtype) if isinstance(method, Auto) else method
+
+        lifted = each(
+            lambda x: _factor(x, used(x.dtype)), **joining(used("float32"), platform)
+        )
         return lambda *xs: lifted(xs)
 
     return jax.lax.platform_dependent(*xs, cpu=on("cpu"), default=on("other"))
@@ -192,14 +196,11 @@ def joining(method: PolarMethod, platform: str) -> dict[str, bool | int | None]:
     return how
 
 
-def _factor_by(method: PolarMethod) -> Function:
-    def factor(x: jax.Array) -> jax.Array:
-        if getattr(method, "any_scale", False):
-            return method.factor(x)
-        unit, _, finite = _normalised(x)
-        return jnp.where(finite, method.factor(unit), jnp.nan)
-
-    return factor
+def _factor(x: jax.Array, method: PolarMethod) -> jax.Array:
+    if getattr(method, "any_scale", False):
+        return method.factor(x)
+    unit, _, finite = _normalised(x)
+    return jnp.where(finite, method.factor(unit), jnp.nan)
 
 
 def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:

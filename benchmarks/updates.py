@@ -6,7 +6,6 @@ every round, so that whatever else the machine does falls on all of them.
 
 import contextlib
 import functools
-import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -174,7 +173,7 @@ def _seconds(
     }
     counts = {name: _count(second[name], limits) for name in calls}
     on_cpu = jax.default_backend() == "cpu"
-    seconds = in_turn(calls, counts, _PAUSE if on_cpu else 0.0)
+    seconds = timing.interleaved(calls, counts, _PAUSE if on_cpu else 0.0)
     # Where patience allows for one call only, it has been made.
     return {name: spent or {0: second[name]} for name, spent in seconds.items()}
 
@@ -185,27 +184,6 @@ def _count(seconds: float, limits: Limits) -> int:
         return limits.rounds
     calls = min(limits.rounds, limits.slow_rounds, int(limits.patience / seconds))
     return calls if calls > 1 else 0
-
-
-def in_turn(
-    calls: Mapping[str, Callable[[], Any]], counts: Mapping[str, int], pause: float
-) -> dict[str, dict[int, float]]:
-    """Return the seconds of every call by round, in a new order every round.
-
-    Args:
-      calls: functions without arguments, by name.
-      counts: in how many rounds each is called, the first ones.
-      pause: seconds before every call.
-    """
-    seconds: dict[str, dict[int, float]] = {name: {} for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
-    for turn in range(max(counts.values())):
-        shuffle(order)
-        for name in order:
-            if turn < counts[name]:
-                time.sleep(pause)
-                seconds[name][turn], _ = _timed(calls[name])
-    return seconds
 
 
 def _timed(call: Callable[[], Any]) -> tuple[float, Any]:

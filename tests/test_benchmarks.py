@@ -25,6 +25,7 @@ from benchmarks import (
     step,
     summary,
     tables,
+    timing,
     trees,
     updates,
 )
@@ -243,7 +244,7 @@ def test_slow_calls_are_made_in_the_first_rounds_only():
     assert counts == [9, 4, 3, 2, 0, 0]
     made = []
     calls = {name: functools.partial(made.append, name) for name in "abc"}
-    seconds = updates.in_turn(calls, {"a": 3, "b": 1, "c": 0}, 0.0)
+    seconds = timing.interleaved(calls, {"a": 3, "b": 1, "c": 0}, 0.0)
     assert [list(spent) for spent in seconds.values()] == [[0, 1, 2], [0], []]
     assert sorted(made) == ["a", "a", "a", "b"]
 

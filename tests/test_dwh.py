@@ -104,7 +104,11 @@ def test_contract_on_a_long_side_of_2048_and_on_complex_matrices(name):
 
 
 def test_contract_on_a_short_side_of_2048():
-    """A cosine transform for singular vectors: no decomposition of this size."""
+    """A cosine transform for singular vectors: no decomposition of this size.
+
+    All entries of the largest direction are equal in magnitude, so that rounding errors
+    add up: coupling between 8e-4 and 1.9e-3, by the CPU; with random vectors 1e-6.
+    """
     n = 2048
     rows, columns = np.ogrid[:n, :n]
     q = np.cos(np.pi * (2 * rows + 1) * columns / (2 * n)) * np.sqrt(2 / n)
@@ -112,7 +116,7 @@ def test_contract_on_a_short_side_of_2048():
     u = np.random.default_rng(0).choice([-1, 1], (n, 1)) * q
     s = np.r_[1, np.full(n - 1, 1.1e-3)]
     o = np.asarray(dwh(((u * s) @ q.T).astype(np.float32), DWH()), float)
-    check_contract(s / np.linalg.norm(s), u.T @ o @ q)
+    check_contract(s / np.linalg.norm(s), u.T @ o @ q, coupled=5e-3)
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (200, 97)], ids=str)

@@ -31,6 +31,10 @@ def test_on_cpu_small_matrices_are_padded_together_and_large_ones_stay_alone():
         ("c/kernel",),
         ("d/kernel",),
     ]
+    more = TREE | {f"d{i}": TREE["d"] for i in range(2)}
+    (stack,) = (s for s in orthax.explain(more).stacks if s.shape[1] == 512)
+    assert stack.shape == (4, 512, 1024)
+    assert stack.at_once == 1
     (stack,) = (s for s in found.stacks if s.shape[1] == 64)
     assert stack.bytes == 2 * 64 * 144 * 4
     assert stack.dtype == "float32"
@@ -68,18 +72,19 @@ def test_the_table_adds_up():
     assert "by NewtonSchulz(" in str(found)
 
 
-def test_stacks_are_what_orthogonalise_works_on(monkeypatch):
+@pytest.mark.parametrize("same", [1, 4])
+def test_stacks_are_what_orthogonalise_works_on(monkeypatch, same):
     """Every stack that the default method of this platform gets, and no other."""
+    tree = TREE | {f"d{i}": TREE["d"] for i in range(same)}
     seen = []
     factor = polar.DWH.factor
     monkeypatch.setattr(
         polar.DWH, "factor", lambda self, x: seen.append(x.shape) or factor(self, x)
     )
     tx = orthax.orthogonalise()
-    jax.eval_shape(lambda g: tx.update(g, tx.init(g))[0], TREE)
-    assert sorted(seen) == sorted(
-        stack.shape for stack in orthax.explain(TREE, platform="cpu").stacks
-    )
+    jax.eval_shape(lambda g: tx.update(g, tx.init(g))[0], tree)
+    stacks = orthax.explain(tree, platform="cpu").stacks
+    assert {*seen} == {(s.at_once, *s.shape[1:]) for s in stacks}
 
 
 def test_a_tree_without_matrices_costs_nothing():

@@ -26,6 +26,8 @@ def drawn(seed):
         "commutes_with_transpose": bool(rng.integers(2)),
         "join_bytes": [None, 0, 96, 200][rng.integers(4)],
         "pad_bytes": [0, 64, 300, 2**30][rng.integers(4)],
+        "stack_bytes": [None, 1, 400][rng.integers(3)],
+        "loop_from": int(rng.integers(2, 6)),
     }
     stacks = []
     for _ in range(rng.integers(1, 16)):
@@ -69,9 +71,9 @@ def test_every_stack_is_in_one_group_and_fits_it(seed):
         for i, turn in zip(group.members, group.turned, strict=True):
             _, m, n = stacks[i].shape
             joined = joins(stacks[i], how)
+            assert group.joined == joined
             assert turn == (how["commutes_with_transpose"] and joined and m > n)
-            # What is large is left as it is, alone.
-            assert joined or group == ((i,), (False,), stacks[i].shape)
+            assert joined or (m, n) == group.shape[1:]
 
 
 @cases
@@ -89,8 +91,31 @@ def test_padding_keeps_to_its_limit_and_equal_shapes_share(seed):
         assert max(padding.values()) <= how["pad_bytes"]
     assert all(len(found) == 1 for found in homes.values())
     if how["pad_bytes"] == 2**30:
-        alone = sum(not joins(x, how) for x in stacks)
-        assert len(groups) == alone + len({key for key, _, _ in homes})
+        joined = sum(group.joined for group in groups)
+        assert joined == len({key for key, _, _ in homes})
+
+
+@cases
+def test_how_many_matrices_at_once(seed):
+    """Large ones one at a time where a loop shares their program, else as they are."""
+    stacks, how, groups = drawn(seed)
+    equal = {}
+    for x in stacks:
+        equal[x.shape[1:], x.dtype] = equal.get((x.shape[1:], x.dtype), 0) + x.shape[0]
+    for b, m, n in {group.shape for group in groups}:
+        for group in (g for g in groups if g.shape == (b, m, n)):
+            first = stacks[group.members[0]]
+            wish = how["stack_bytes"]
+            if group.joined:
+                each = m * n * first.dtype.itemsize
+                fits = b if wish is None else min(b, max(1, wish // each))
+                assert group.at_once == fits
+            elif equal[first.shape[1:], first.dtype] >= how["loop_from"]:
+                assert group.at_once == 1
+                assert b == equal[first.shape[1:], first.dtype]
+            else:
+                assert len(group.members) == 1
+                assert group.at_once == b
 
 
 @cases
@@ -100,7 +125,7 @@ def test_groups_do_not_depend_on_the_order(seed):
     shuffled = Stacking().groups([stacks[i] for i in order], **how)
 
     def partition(groups, names):
-        return {(frozenset(names[i] for i in g.members), g.shape) for g in groups}
+        return {(frozenset(names[i] for i in g.members), *g[2:]) for g in groups}
 
     assert partition(groups, range(len(stacks))) == partition(shuffled, order)
 
@@ -139,7 +164,8 @@ def test_each_puts_everything_back(seed):
         calls.append((x.shape[0] * x[:1].nbytes, x[:1].nbytes))
         return by_norm(x)
 
-    lifted = Stacking(limit).each(f, **how, stack_bytes=largest, in_turn=True)
+    how["stack_bytes"] = largest
+    lifted = Stacking(limit).each(f, **how, in_turn=True)
     out = compiled(lifted)(stacks)
     for x, y in zip(stacks, out, strict=True):
         assert y.dtype == x.dtype
@@ -165,10 +191,28 @@ def test_each_hands_over_padding_and_takes_it_away():
 
 
 def test_what_is_not_finite_does_not_reach_the_next_group():
-    stacks = [jnp.full((1, 2, 5), jnp.nan), jnp.ones((1, 3, 4)), jnp.ones((1, 9, 9))]
+    stacks = [jnp.full((1, 2, 5), jnp.nan), jnp.ones((1, 3, 4)), jnp.ones((2, 9, 9))]
+    stacks += [jnp.ones((1, 9, 9)), jnp.full((1, 9, 9), jnp.inf)]
     out = compiled(Stacking().each(by_norm, join_bytes=0, in_turn=True))(stacks)
     finite = [bool(np.isfinite(x).all()) for x in out]
-    assert finite == [False, True, True]
+    assert finite == [False, True, True, True, False]
+
+
+def test_large_matrices_are_replaced_where_they_are():
+    """Each in its own place, also in stacks of several, by one program."""
+    rng = np.random.default_rng(0)
+    shapes = [(1, 6, 5), (3, 6, 5), (2, 5, 6), (1, 6, 5), (1, 6, 4)]
+    stacks = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    seen = []
+
+    def f(x):
+        seen.append(x.shape)
+        return by_norm(x)
+
+    out = Stacking().each(f, join_bytes=0, loop_from=3, in_turn=True)(stacks)
+    assert {*seen} == {(1, 6, 4), (2, 5, 6), (1, 6, 5)}
+    for x, y in zip(stacks, out, strict=True):
+        assert np.abs(by_norm(np.asarray(x, float), np) - y).max() < 1e-6
 
 
 @pytest.mark.parametrize("how", [{}, {"join_bytes": 0, "in_turn": True}])
@@ -269,9 +313,16 @@ def temporary(*shapes, **options):
     return memory.temp_size_in_bytes / sum(4 * math.prod(shape) for shape in shapes)
 
 
-def test_temporary_memory_of_large_matrices():
+@pytest.mark.parametrize("same", [1, 3, 6])
+def test_temporary_memory_of_large_matrices(same):
     """One after another: with all at once it would be three times as much."""
-    assert temporary(*[(256, 2304)] * 6, (2304, 256), (256, 1152)) <= 1
+    shapes = [(256, 2304 + 64 * i) for i in range(6 // same)] * same
+    assert temporary(*shapes, (2304, 256), (256, 1152)) <= 1
+
+
+def test_temporary_memory_of_a_stack_of_large_matrices():
+    assert temporary((16, 256, 2304)) <= 1
+    assert temporary((4, 512, 512)) <= 3
 
 
 def test_max_bytes_saves_memory():

@@ -1,27 +1,34 @@
 """Which matrices are worked on together."""
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class Group(NamedTuple):
-    """Stacks that a function gets as one.
+    """Stacks that share a call of a function.
 
     Attributes:
       members: which stacks, by their place in the list.
       turned: whether the matrices of each are transposed.
       shape: `(b, m, n)` of the whole; smaller matrices are padded with zeros.
+      joined: whether they are copied into one stack.
+      at_once: how many matrices the function gets at once, at most. One of several,
+        not joined: a loop replaces one after another where they are.
     """
 
     members: tuple[int, ...]
     turned: tuple[bool, ...]
     shape: tuple[int, int, int]
+    joined: bool
+    at_once: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,63 +69,107 @@ class Stacking:
         commutes_with_transpose: bool = False,
         join_bytes: int | None = None,
         pad_bytes: int = 0,
+        stack_bytes: int | None = None,
+        loop_from: int = 2,
     ) -> list[Group]:
-        """Return which stacks are handed to a function as one.
+        """Return which stacks share a call of a function, and how.
 
         Args:
           stacks: arrays of shape `(b, m, n)`; only shapes and dtypes are looked at.
           commutes_with_transpose: whether the function satisfies
             `f(x.mT) == f(x).mT`: an m x n and an n x m matrix may share a stack.
-          join_bytes: matrices of more bytes are not joined with others: where one
+          join_bytes: matrices of more bytes are not joined into a stack: where one
             keeps the machine busy, joining only copies. Default: all are joined.
           pad_bytes: joined matrices with the same short side share a stack, padded
             with zeros on the long side, where that adds at most so many bytes to those
             of one shape. Only for functions that give zeros for zeros.
+          stack_bytes: as `max_bytes`, for stacks of matrices that are joined; a wish,
+            not a limit.
+          loop_from: so many equal matrices that are not joined, or more, share one
+            program that takes one at a time, which saves compilation and costs a little
+            time; fewer have a program for each stack.
 
         Returns:
           Every stack in one group.
+
+        Raises:
+          ValueError: if `max_bytes` is smaller than one matrix.
         """
-        places = []
+        kinds: dict[tuple[str, int, bool, bool], dict[int, list[int]]] = {}
         for i, x in enumerate(stacks):
             _, m, n = x.shape
-            join = join_bytes is None or _bytes_each(x.shape, x.dtype) <= join_bytes
-            turn = commutes_with_transpose and join and m > n
-            # Longer before shorter ones: each may take in those that follow.
-            kind = (x.dtype.name, turn or m <= n, min(m, n))
-            places.append((kind, -max(m, n), -1 if join else i, i, turn))
+            join = join_bytes is None or _bytes_each(x) <= join_bytes
+            wide = m <= n or (commutes_with_transpose and join)
+            kind = (x.dtype.name, min(m, n), wide, join)
+            kinds.setdefault(kind, {}).setdefault(max(m, n), []).append(i)
         groups = []
-        same = itertools.groupby(sorted(places), lambda place: place[:3])
-        for (kind, _, alone), members in same:
-            *_, indices, turned = zip(*members, strict=True)
-            group = _group(stacks, indices, turned)
-            if groups and alone < 0 and groups[-1][0] == (kind, True):
-                merged, added = _merged(groups[-1][1], group)
-                itemsize = stacks[indices[0]].dtype.itemsize
-                each = math.prod(merged.shape[1:]) * itemsize
-                if added * itemsize <= pad_bytes and each <= (self.max_bytes or each):
-                    groups[-1] = ((kind, True), merged)
+        for (_, _, wide, join), lengths in sorted(kinds.items()):
+            # Longer before shorter ones: each may take in those that follow.
+            lots = [lot for _, lot in sorted(lengths.items(), reverse=True)]
+            if join:
+                lots = self._padded(stacks, lots, pad_bytes)
+            for lot in lots:
+                looped = not join and _count(stacks, lot) >= loop_from
+                for members in [lot] if join or looped else [[i] for i in lot]:
+                    wish = 0 if looped else stack_bytes if join else None
+                    at_once = self._at_once(stacks, members, wish)
+                    groups.append(_group(stacks, members, wide, join, at_once))
+        return groups
+
+    def _padded(
+        self,
+        stacks: Sequence[jax.Array | jax.ShapeDtypeStruct],
+        lots: Sequence[list[int]],
+        pad_bytes: int,
+    ) -> list[list[int]]:
+        """Let matrices join longer ones where that adds few zeros."""
+        padded: list[list[int]] = []
+        for lot in lots:
+            if padded:
+                longest = _bytes_each(stacks[padded[-1][0]])
+                added = longest - _bytes_each(stacks[lot[0]])
+                few = _count(stacks, lot) * added <= pad_bytes
+                if few and longest <= (self.max_bytes or longest):
+                    padded[-1] += lot
                     continue
-            groups.append(((kind, alone < 0), group))
-        return [group for _, group in groups]
+            padded.append(lot)
+        return padded
+
+    def _at_once(
+        self,
+        stacks: Sequence[jax.Array | jax.ShapeDtypeStruct],
+        members: Sequence[int],
+        wish: int | None,
+    ) -> int:
+        """Return how many matrices of a group are handed to a function at once."""
+        x, b = stacks[members[0]], _count(stacks, members)
+        each = _bytes_each(x)
+        if not b * each:
+            return max(1, b)
+        at_once = b if wish is None else min(b, max(1, wish // each))
+        if self.max_bytes is not None:
+            at_once = min(at_once, self.max_bytes // each)
+        if at_once < 1:
+            _, m, n = x.shape
+            raise ValueError(
+                f"Stacking(max_bytes={self.max_bytes}) is smaller than one {m} x {n} "
+                f"matrix of dtype {x.dtype}, which takes {each} bytes: raise it."
+            )
+        return at_once
 
     def each(
         self,
         f: Callable[[jax.Array], jax.Array],
         *,
-        join_bytes: int | None = None,
-        stack_bytes: int | None = None,
         in_turn: bool = False,
-        **how: bool | int,
+        **how: Any,
     ) -> Callable[[Sequence[jax.Array]], list[jax.Array]]:
         """Lift a function on one stack to many: one call for each of `groups`.
 
         Args:
           f: maps a stack `(b, m, n)` to one of equal shape, matrix by matrix.
-          join_bytes: as in `groups`.
-          stack_bytes: as `max_bytes`, for stacks of matrices that are joined; a wish,
-            not a limit.
           in_turn: whether a matrix that is not joined waits for the one before it.
-          **how: the other keywords of `groups`.
+          **how: the keywords of `groups`.
 
         Returns:
           A function from stacks to stacks of the same shapes.
@@ -127,70 +178,98 @@ class Stacking:
         def all_of(stacks: Sequence[jax.Array]) -> list[jax.Array]:
             out = list(stacks)
             last = None
-            for group in self.groups(stacks, join_bytes=join_bytes, **how):
-                whole = _joined(stacks, group)
-                bytes_each = _bytes_each(whole.shape, whole.dtype)
-                large = join_bytes is not None and bytes_each > join_bytes
-                if in_turn and large and last is not None:
-                    whole = _after(whole, last)
-                at_once = self._at_once(whole, None if large else stack_bytes)
-                whole = _in_pieces(f, whole, at_once)
-                last = whole if large else last
-                lengths = [len(stacks[i]) for i in group.members]
-                ends = itertools.accumulate(lengths[:-1])
-                parts = jnp.split(whole, [*ends])
-                for i, turn, x in zip(group.members, group.turned, parts, strict=True):
-                    x = x.mT if turn else x
-                    m, n = stacks[i].shape[1:]
-                    out[i] = x if x.shape[1:] == (m, n) else x[:, :m, :n]
+            for group in self.groups(stacks, **how):
+                parts = [stacks[i] for i in group.members]
+                if group.joined:
+                    whole = _in_pieces(f, _joined(parts, group), group.at_once)
+                    parts = _apart(whole, parts, group.turned)
+                else:
+                    parts = _in_place(f, parts, group.at_once, last)
+                    last = parts[-1] if in_turn else None
+                for i, x in zip(group.members, parts, strict=True):
+                    out[i] = x
             return out
 
         return all_of
 
-    def _at_once(self, x: jax.Array, stack_bytes: int | None) -> int:
-        """Return how many matrices of a stack are handed to the function at once."""
-        b, m, n = x.shape
-        bytes_each = _bytes_each(x.shape, x.dtype)
-        if not x.size:
-            return max(1, b)
-        at_once = b if stack_bytes is None else max(1, stack_bytes // bytes_each)
-        if self.max_bytes is not None:
-            at_once = min(at_once, self.max_bytes // bytes_each)
-        if at_once < 1:
-            raise ValueError(
-                f"Stacking(max_bytes={self.max_bytes}) is smaller than one {m} x {n} "
-                f"matrix of dtype {x.dtype}, which takes {bytes_each} bytes: raise it."
-            )
-        return at_once
+
+def _count(
+    stacks: Sequence[jax.Array | jax.ShapeDtypeStruct], members: Sequence[int]
+) -> int:
+    return sum(stacks[i].shape[0] for i in members)
 
 
 def _group(
-    stacks: Sequence[jax.Array], indices: Sequence[int], turned: Sequence[bool]
+    stacks: Sequence[jax.Array | jax.ShapeDtypeStruct],
+    members: Sequence[int],
+    wide: bool,
+    joined: bool,
+    at_once: int,
 ) -> Group:
-    _, m, n = stacks[indices[0]].shape
-    b = sum(stacks[i].shape[0] for i in indices)
-    return Group(tuple(indices), tuple(turned), (b, n, m) if turned[0] else (b, m, n))
-
-
-def _merged(longer: Group, shorter: Group) -> tuple[Group, int]:
-    """Return one group of two, and how many zeros that adds."""
-    b, *matrix = longer.shape
-    whole = (b + shorter.shape[0], *matrix)
-    added = shorter.shape[0] * (math.prod(matrix) - math.prod(shorter.shape[1:]))
-    members = longer.members + shorter.members
-    return Group(members, longer.turned + shorter.turned, whole), added
+    sides = [stacks[i].shape[1:] for i in members]
+    short, long = sorted(sides[0])
+    shape = (short, long) if wide else (long, short)
+    turned = tuple(wide and m > n for m, n in sides)
+    count = _count(stacks, members)
+    return Group(tuple(members), turned, (count, *shape), joined, at_once)
 
 
 def _joined(stacks: Sequence[jax.Array], group: Group) -> jax.Array:
     _, m, n = group.shape
     parts = []
-    for i, turn in zip(group.members, group.turned, strict=True):
-        x = stacks[i].mT if turn else stacks[i]
+    for x, turn in zip(stacks, group.turned, strict=True):
+        x = x.mT if turn else x
         rest = (m - x.shape[1], n - x.shape[2])
         if any(rest):
             x = jnp.pad(x, ((0, 0), (0, rest[0]), (0, rest[1])))
         parts.append(x)
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _apart(
+    whole: jax.Array, stacks: Sequence[jax.Array], turned: Sequence[bool]
+) -> Iterator[jax.Array]:
+    """Yield the part of a group's stack that belongs to every member."""
+    ends = itertools.accumulate(len(x) for x in stacks[:-1])
+    parts = jnp.split(whole, [*ends])
+    for x, turn, part in zip(stacks, turned, parts, strict=True):
+        part = part.mT if turn else part
+        _, m, n = x.shape
+        yield part if part.shape == x.shape else part[:, :m, :n]
+
+
+def _in_place(
+    f: Callable[[jax.Array], jax.Array],
+    stacks: Sequence[jax.Array],
+    at_once: int,
+    done: jax.Array | None,
+) -> list[jax.Array]:
+    """Call `f` on equal matrices where they are, once `done` is there."""
+    places = np.array([(k, j) for k, x in enumerate(stacks) for j in range(len(x))])
+    if at_once > 1 or len(places) < 2:
+        (x,) = stacks
+        return [_in_pieces(f, x if done is None else _after(x, done), at_once)]
+    places = jnp.asarray(places) if done is None else _after(places, done)
+
+    def turn(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        member, j = places[i]
+        pick = [functools.partial(_taken, k) for k in range(len(out))]
+        y = _called(f, jax.lax.switch(member, pick, out, j))
+        # XLA keeps what a branch returns untouched where it is.
+        return tuple(
+            jax.lax.cond(member == k, _put, lambda x, *_: x, x, y, j)
+            for k, x in enumerate(out)
+        )
+
+    return list(jax.lax.fori_loop(0, len(places), turn, tuple(stacks)))
+
+
+def _taken(k: int, stacks: Sequence[jax.Array], j: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(stacks[k], j, 1)
+
+
+def _put(stack: jax.Array, matrix: jax.Array, j: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(stack, matrix, j, 0)
 
 
 def _after(x: jax.Array, done: jax.Array) -> jax.Array:
@@ -221,8 +300,8 @@ def _in_pieces(
     return jnp.concatenate([head, _called(f, x[whole * at_once :])])
 
 
-def _bytes_each(shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-    return math.prod(shape[1:]) * dtype.itemsize
+def _bytes_each(x: jax.Array | jax.ShapeDtypeStruct) -> int:
+    return math.prod(x.shape[1:]) * x.dtype.itemsize
 
 
 def _called(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

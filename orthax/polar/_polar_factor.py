@@ -177,10 +177,11 @@ def joining(method: PolarMethod, platform: str) -> dict[str, bool | int | None]:
       platform: `"cpu"`, `"gpu"`, `"tpu"` ...; any other is taken for an accelerator.
 
     Returns:
-      The keywords of `components.Stacking.groups`, and those of `each` beside them. On
-      CPU a large matrix keeps the machine busy, joining would only copy, and one group
-      after another needs less memory; accelerators need many at once. Padding saves
-      calls and compilation, and is left to methods to which it makes no difference.
+      The keywords of `components.Stacking.each`. On CPU a large matrix keeps the
+      machine busy, joining would only copy, and one after another need less memory, in
+      loops where many would take long to compile; accelerators need many at once.
+      Padding saves calls and compilation, and is left to methods to which it makes no
+      difference.
 
     Example:
       >>> from orthax import polar
@@ -190,7 +191,7 @@ def joining(method: PolarMethod, platform: str) -> dict[str, bool | int | None]:
     how = {"commutes_with_transpose": True, "pad_bytes": 2**22}
     if platform == "cpu":
         how |= {"join_bytes": 2**18, "pad_bytes": 2**18}
-        how |= {"stack_bytes": 2**21, "in_turn": True}
+        how |= {"stack_bytes": 2**21, "loop_from": 4, "in_turn": True}
     if getattr(method, "fills_null_space", True):
         how["pad_bytes"] = 0
     return how

@@ -42,13 +42,15 @@ class Stack(NamedTuple):
       shape: `(b, m, n)` of the stack, `m <= n` where tall ones are turned to join it.
       paths: the leaves that have matrices in it.
       dtype: what it is worked on in.
+      at_once: how many of them, at most; the others wait for their turn.
       flops: operations of one update, floating-point multiplications and additions.
-      bytes: size of the stack.
+      bytes: size of all of them.
     """
 
     shape: tuple[int, int, int]
     paths: tuple[str, ...]
     dtype: str
+    at_once: int
     flops: float
     bytes: int
 
@@ -92,11 +94,11 @@ class Explanation(NamedTuple):
     def _cost(self) -> list[str]:
         if not self.stacks:
             return []
-        table = [("stack", "leaves", "dtype", "MFLOP", "MiB")]
+        table = [("stack", "at once", "leaves", "dtype", "MFLOP", "MiB")]
         for s in self.stacks:
-            shape = _stack_text(s.shape)
-            table.append((shape, str(len(s.paths)), s.dtype, *_amounts([s])))
-        table.append(("one update", "", "", *_amounts(self.stacks)))
+            counts = str(s.at_once), str(len(s.paths))
+            table.append((_stack_text(s.shape), *counts, s.dtype, *_amounts([s])))
+        table.append(("one update", "", "", "", *_amounts(self.stacks)))
         title = f"Worked on together on {self.platform} by {self.method}:"
         return ["", title, "", *_aligned(table)]
 
@@ -126,6 +128,7 @@ def explain(
 
     Raises:
       TypeError: if `rule` or `method` is none or a leaf is no array.
+      ValueError: if `stacking.max_bytes` is smaller than one matrix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -144,9 +147,9 @@ def explain(
       <BLANKLINE>
       Worked on together on cpu by DWH(restart=True, polish=True):
       <BLANKLINE>
-      stack          leaves  dtype    MFLOP  MiB
-      1 x (16 x 72)  1       float32  0.197  0.00439
-      one update                      0.197  0.00439
+      stack          at once  leaves  dtype    MFLOP  MiB
+      1 x (16 x 72)  1        1       float32  0.197  0.00439
+      one update                               0.197  0.00439
     """
     polar.check_method(method)
     platform = jax.default_backend() if platform is None else platform
@@ -160,12 +163,8 @@ def explain(
             dtype = jnp.promote_types(leaf.value.dtype, jnp.float32)
             stacks.append((row.path, jax.ShapeDtypeStruct(shape, dtype)))
     how = polar.joining(method, platform)
-    groups = stacking.groups(
-        [stack for _, stack in stacks],
-        commutes_with_transpose=how["commutes_with_transpose"],
-        join_bytes=how.get("join_bytes"),
-        pad_bytes=how["pad_bytes"],
-    )
+    how.pop("in_turn", None)
+    groups = stacking.groups([stack for _, stack in stacks], **how)
     found = tuple(_stack(group, stacks, method) for group in groups)
     return Explanation(rows, found, method, platform)
 
@@ -181,6 +180,7 @@ def _stack(
         group.shape,
         tuple(dict.fromkeys(stacks[i][0] for i in group.members)),
         dtype.name,
+        group.at_once,
         b * method.flops(m, n),
         b * m * n * dtype.itemsize,
     )

@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -12,35 +14,47 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-EPOCHS_SHOWN = (1, 3, 5, 20)
+EPOCHS_SHOWN = (1, 3, 5, 10, 20, 50)
+CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
 # The columns of the results file; those of KEY tell one run from another.
 KEY = (
-    "config",
+    "data",
+    "model",
     "optimiser",
     "method",
+    "layers",
     "learning_rate",
+    "schedule",
     "chosen",
     "seed",
     "epochs",
     "batch_size",
     "momentum",
+    "b2",
     "weight_decay",
+    "augment",
+    "classes",
+    "cifar_stem",
+    "dtype",
+    "norm_groups",
 )
 COLUMNS = (
     *KEY,
     *(f"accuracy_{epoch}" for epoch in EPOCHS_SHOWN),
+    "status",
+    "test_loss",
     "test_accuracy",
-    "train_loss",
-    "validation_loss",
+    *CURVES,
     "seconds",
+    "images_per_s",
     "device",
     "python",
     "jax",
     "flax",
     "optax",
     "orthax",
-    "curve",
+    *(f"{name}_curve" for name in CURVES),
 )
 
 
@@ -52,27 +66,42 @@ Row = dict[str, str]
 class Results:
     """The results file: finds the rows of finished runs, and appends new ones.
 
+    A broken row is named and left out. A file with other columns, of another version
+    of this program say, is named and left as it is: the rows go to one beside it, of
+    the same name with a number.
+
     Args:
       path: the file; made, with its folder, at the first row.
       fresh: whether to delete an existing file first.
-
-    Raises:
-      ValueError: if the file is there and is not such a file.
     """
 
     def __init__(self, path: Path, fresh: bool = False):
-        self.path = path
         self._rows: dict[tuple[str, ...], Row] = {}
+        self.path = path
         if fresh:
             path.unlink(missing_ok=True)
-        if path.exists():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self._expect(tuple(reader.fieldnames or COLUMNS) == COLUMNS, "line 1")
-                for row in reader:
-                    whole = len(row) == len(COLUMNS) and None not in row.values()
-                    self._expect(whole, f"line {reader.line_num}")
+        for number in itertools.count(2):
+            if not self.path.exists() or self._read():
+                break
+            self.path = path.with_stem(f"{path.stem}-{number}")
+
+    def _read(self) -> bool:
+        """Read the rows, and return whether the columns are the right ones."""
+        with self.path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
+                self._complain(1, "other columns; nothing of it is used or changed")
+                return False
+            for row in reader:
+                whole = len(row) == len(COLUMNS) and None not in row.values()
+                if whole and _is_sound(row):
                     self._add(row)
+                else:
+                    self._complain(reader.line_num, "a broken row; skipped")
+        return True
+
+    def _complain(self, line: int, what: str) -> None:
+        print(f"{self.path}, line {line}: {what}", file=sys.stderr)
 
     def find(self, key: Row) -> Row | None:
         """Return the row of a run, given its `KEY` columns; None if not finished."""
@@ -85,24 +114,27 @@ class Results:
     def append(self, row: Row) -> None:
         """Write the row of a finished run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists() or self.path.stat().st_size == 0
+        before = self.path.read_text() if self.path.exists() else ""
         with self.path.open("a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
-            if new:
+            if not before:
                 writer.writeheader()
+            elif not before.endswith("\n"):  # half a row, perhaps half a quotation
+                file.write('"' * (before.count('"') % 2) + "\r\n")
             writer.writerow(row)
         self._add(row)
 
     def _add(self, row: Row) -> None:
         self._rows[tuple(row[name] for name in KEY)] = row
 
-    def _expect(self, holds: bool, where: str) -> None:
-        if not holds:
-            raise ValueError(
-                f"{self.path}, {where}: expected the {len(COLUMNS)} columns "
-                f"{', '.join(COLUMNS)}; delete what is wrong, start over with --fresh, "
-                "or choose another folder with --output"
-            )
+
+def _is_sound(row: Row) -> bool:
+    """Return whether the numbers of a row are numbers."""
+    try:
+        float(row["learning_rate"]), float(row["train_loss"]), int(row["seed"])
+        return len(row["validation_accuracy_curve"].split()) == int(row["epochs"])
+    except ValueError:
+        return False
 
 
 def describe_device() -> str:
@@ -149,12 +181,17 @@ def gather(rows: Iterable[Row]) -> list[Arm]:
             optimiser,
             float(rate),
             chosen,
-            np.array([[float(x) for x in row["curve"].split()] for row in group]),
+            np.array([curve(row, "validation_accuracy") for row in group]),
             np.array([float(row["validation_loss"]) for row in group]),
             np.array([float(row["test_accuracy"] or math.nan) for row in group]),
         )
         for (optimiser, rate, chosen), group in groups.items()
     ]
+
+
+def curve(row: Row, name: str) -> list[float]:
+    """Return what a row says of every epoch, one of `CURVES`."""
+    return [float(x) for x in row[f"{name}_curve"].split()]
 
 
 def spread(values: np.ndarray, digits: int = 3) -> str:

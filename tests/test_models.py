@@ -13,18 +13,11 @@ import pytest
 from flax import nnx
 
 import orthax
-from examples.models import basic_cnn, densenet, gpt, moe, resnet, vit
+from examples.models import CLASSIFIERS, basic_cnn, densenet, gpt, moe, resnet, vit
 from orthax import components
 
 WHOLE = {
-    "basic_cnn": functools.partial(basic_cnn.BasicCNN, (32, 32, 3), 10),
-    "resnet20": resnet.resnet20,
-    "resnet44": resnet.resnet44,
-    "resnet18": resnet.resnet18,
-    "resnet34": resnet.resnet34,
-    "resnet50": resnet.resnet50,
-    "densenet121": densenet.densenet121,
-    "densenet161": densenet.densenet161,
+    **CLASSIFIERS,
     "vit_ti16": vit.vit_ti16,
     "vit_s16": vit.vit_s16,
     "vit_b16": vit.vit_b16,
@@ -43,6 +36,8 @@ PARAMETERS = {
     "resnet50": 25_557_032,
     "densenet121": 7_978_856,
     "densenet161": 28_681_000,
+    "resnext50_32x4d": 25_028_904,
+    "wide_resnet50_2": 68_883_240,
     "vit_ti16": 5_717_416,
     "vit_s16": 22_050_664,
     "vit_b16": 86_567_656,
@@ -60,6 +55,8 @@ MATRICES = {
     "resnet50": 50 + 4,
     "densenet121": 121,
     "densenet161": 161,
+    "resnext50_32x4d": 50 + 4,
+    "wide_resnet50_2": 50 + 4,
     "vit_ti16": 1 + 12 * 6 + 1,
     "vit_s16": 1 + 12 * 6 + 1,
     "vit_b16": 1 + 12 * 6 + 1,
@@ -70,6 +67,15 @@ MATRICES = {
 STACKED = components.ByName(stacked=("experts",))
 
 every_network = pytest.mark.parametrize("name", WHOLE)
+# One of each form that is quickly traced, the others take long.
+FORMS = ("basic_cnn", "resnet20", "resnet18", "resnext50_32x4d")
+every_classifier_in_time = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in FORMS else [pytest.mark.slow])
+        for name in CLASSIFIERS
+    ],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +113,24 @@ TINY = {
         (2, 16, 16, 3),
         (2, 5),
     ),
+    "resnet, grouped bottlenecks": Tiny(
+        functools.partial(
+            resnet.ResNet,
+            (1, 1),
+            (2, 4),
+            5,
+            block=functools.partial(resnet.Bottleneck, widening=2, groups=2),
+        ),
+        (2, 16, 16, 3),
+        (2, 5),
+    ),
     "densenet": Tiny(
         functools.partial(densenet.DenseNet, (1, 1), 2, 5), (2, 16, 16, 3), (2, 5)
+    ),
+    "densenet, 3x3 stem": Tiny(
+        functools.partial(densenet.DenseNet, (1, 1), 2, 5, cifar_stem=True),
+        (2, 8, 8, 3),
+        (2, 5),
     ),
     "vit": Tiny(
         functools.partial(vit.VisionTransformer, 8, 4, 5, width=8, depth=1, heads=2),
@@ -158,14 +180,23 @@ def test_logits_at_the_published_size(name, inputs, outputs):
 
 
 @pytest.mark.parametrize(
-    "name, block, channels",
+    "name, block, channels, size",
     [
-        ("resnet18", resnet.BasicBlock, 512),
-        ("resnet50", resnet.Bottleneck, 2048),
-        ("densenet121", densenet.DenseLayer, 1024),
+        ("resnet18", resnet.BasicBlock, 512, 224),
+        ("resnet50", resnet.Bottleneck, 2048, 224),
+        ("resnext50_32x4d", resnet.Bottleneck, 2048, 224),
+        ("resnet18", resnet.BasicBlock, 512, 32),
+        *(
+            pytest.param(
+                *("densenet121", densenet.DenseLayer, 1024, size),
+                marks=pytest.mark.slow,
+            )
+            for size in (224, 32)
+        ),
     ],
 )
-def test_every_stage_halves_the_image(name, block, channels, monkeypatch):
+def test_every_stage_halves_the_image(name, block, channels, size, monkeypatch):
+    cifar_stem = size == 32
     shapes = []
     call = block.__call__
 
@@ -174,12 +205,36 @@ def test_every_stage_halves_the_image(name, block, channels, monkeypatch):
         shapes.append(y.shape)
         return y
 
+    def forward(x):
+        return CLASSIFIERS[name](cifar_stem=cifar_stem, rngs=nnx.Rngs(0))(x)
+
     monkeypatch.setattr(block, "__call__", recording)
-    x = jax.ShapeDtypeStruct((1, 224, 224, 3), "float32")
-    y = nnx.eval_shape(lambda x: WHOLE[name](rngs=nnx.Rngs(0))(x), x)
+    x = jax.ShapeDtypeStruct((1, size, size, 3), "float32")
+    y = nnx.eval_shape(forward, x)
     assert (y.shape, y.dtype) == ((1, 1000), jnp.float32)
-    assert list(dict.fromkeys(shape[1] for shape in shapes)) == [56, 28, 14, 7]
-    assert shapes[-1] == (1, 7, 7, channels)
+    first = size if cifar_stem else size // 4
+    halved = [first // 2**i for i in range(4)]
+    assert list(dict.fromkeys(shape[1] for shape in shapes)) == halved
+    assert shapes[-1] == (1, halved[-1], halved[-1], channels)
+
+
+@every_classifier_in_time
+def test_classifiers_take_small_images_and_any_number_of_classes(name):
+    expected = 10 if name in ("basic_cnn", "resnet20", "resnet44") else 1000
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), "float32")
+    y = nnx.eval_shape(lambda model, x: model(x), abstract(name), x)
+    assert (y.shape, y.dtype) == ((2, expected), jnp.float32)
+    model = nnx.eval_shape(lambda: CLASSIFIERS[name](classes=7, rngs=nnx.Rngs(0)))
+    assert model.head.kernel.shape == (abstract(name).head.kernel.shape[0], 7)
+
+
+def test_classifiers_say_which_images_they_take():
+    def make(name, shape):
+        return nnx.eval_shape(lambda: CLASSIFIERS[name](shape, rngs=nnx.Rngs(0)))
+
+    assert make("basic_cnn", (8, 8, 1)).conv1.kernel.shape == (3, 3, 1, 32)
+    with pytest.raises(ValueError, match=r"`shape` is \(8, 8, 1\); .*three channels"):
+        make("resnet20", (8, 8, 1))
 
 
 # --- how they are cut -----------------------------------------------------------------
@@ -195,9 +250,64 @@ def test_names_and_modules_cut_every_leaf_alike(name):
     for table in tables:
         assert not any(row.error or row.guess for row in table.rows), table
     one, other = ([row._replace(reason="") for row in table.rows] for table in tables)
-    assert one == other
+    if name == "resnext50_32x4d":  # its groups: see below
+        assert [row.path for row in one] == [row.path for row in other]
+        different = [a.path for a, b in zip(one, other, strict=True) if a != b]
+        assert len(different) == 16 and all("conv2/kernel" in p for p in different)
+    else:
+        assert one == other
     matrices = [shape for row in one for shape in row.matrices]
     assert sum(b for b, _, _ in matrices) == MATRICES[name]
+
+
+def test_grouped_kernels_are_one_matrix_or_one_for_every_group():
+    model = abstract("resnext50_32x4d")
+    params, path = params_of(model), "blocks/layers/0/conv2/kernel"
+
+    def matrices(rule):
+        rows = {row.path: row for row in orthax.explain(params, rule).rows}
+        return rows[path].matrices
+
+    assert model.blocks.layers[0].conv2.kernel.shape == (3, 3, 4, 128)
+    assert matrices(components.ByName()) == ((1, 36, 128),)
+    assert matrices(components.from_model(model)) == ((32, 36, 4),)
+    by_hand = components.Matricisation((0, 1, 2), (3,), groups=32)
+    rule = components.ByPath([("conv2/kernel", by_hand), ("", None)])
+    assert matrices(rule) == ((32, 36, 4),)
+
+
+def test_polar_factors_of_a_grouped_kernel():
+    model = nnx.eval_shape(
+        lambda: resnet.Bottleneck(
+            *(8, 4, 1),
+            widening=2,
+            groups=2,
+            projected=True,
+            init=nnx.initializers.zeros_init(),
+            rngs=nnx.Rngs(0),
+        )
+    )
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(
+        lambda leaf: rng.standard_normal(leaf.shape, np.float32), params_of(model)
+    )
+    kernel = grads["conv2"]["kernel"].reshape(36, 8)
+
+    def polar(x):
+        u, _, vt = np.linalg.svd(x, full_matrices=False)
+        return u @ vt
+
+    expected = {
+        components.ByName(): polar(kernel),
+        components.from_model(model): np.hstack(
+            [polar(kernel[:, :4]), polar(kernel[:, 4:])]
+        ),
+    }
+    for rule, factor in expected.items():
+        tx = orthax.orthogonalise(rule=rule, method=orthax.polar.SVD())
+        updates, _ = tx.update(grads, tx.init(grads))
+        found = np.asarray(updates["conv2"]["kernel"]).reshape(36, 8)
+        np.testing.assert_allclose(found, factor, rtol=0, atol=1e-5)
 
 
 def test_experts_are_a_batch_axis():
@@ -295,33 +405,102 @@ def test_bfloat16_is_that_of_activations_only(tiny):
     assert str(jaxpr.out_avals[0].dtype) == "bfloat16" if of_experts else "float32"
 
 
-@pytest.mark.parametrize("name", ["basic_cnn", "resnet18", "resnet50", "densenet121"])
+@pytest.mark.parametrize("name", FORMS)
 def test_batch_statistics_keep_nine_tenths(name):
     norms = [m for _, m in nnx.iter_graph(abstract(name)) if type(m) is nnx.BatchNorm]
     assert len(norms) >= 3
     assert {(norm.momentum, norm.epsilon) for norm in norms} == {(0.9, 1e-5)}
 
 
-def test_convolutions_begin_as_kaiming_says():
-    # 16 -> 32 channels, fan-in 9 x 16; 64 -> 128, fan-out 9 x 128; 64 -> 128, 1 x 1.
-    expected = {
-        "cifar": (2 / (9 * 16)) ** 0.5,
-        "imagenet": (2 / (9 * 128)) ** 0.5,
-        "dense": (2 / 64) ** 0.5,
-    }
+@dataclasses.dataclass(frozen=True)
+class Begins:
+    """How PyTorch, torchvision and Idelbayev's ResNets begin: names of `check_draw`."""
+
+    convolution: str
+    head: str = "uniform"
+    bias: str = "uniform"
+
+
+BEGINS = {
+    "basic_cnn": Begins("uniform"),
+    "resnet20": Begins("fan_in", head="fan_in"),
+    "resnet44": Begins("fan_in", head="fan_in"),
+    "resnet18": Begins("fan_out"),
+    "resnet34": Begins("fan_out"),
+    "resnet50": Begins("fan_out"),
+    "densenet121": Begins("fan_in", bias="zeros"),
+    "densenet161": Begins("fan_in", bias="zeros"),
+    "resnext50_32x4d": Begins("fan_out"),
+    "wide_resnet50_2": Begins("fan_out"),
+}
+
+
+def check_draw(kind: str, shape: tuple[int, ...], draw: np.ndarray) -> None:
+    """Check that a draw has the distribution that `kind` says for a kernel's shape.
+
+    Shapes are flax's, `(*taps, in / groups, out)`. PyTorch's, `(out, in / groups,
+    *taps)`, have a fan-in of axis 1 times the taps and a fan-out of axis 0 times them.
+    """
+    if kind == "zeros":
+        assert not draw.any()
+        return
+    *taps, channels, features = shape
+    largest, deviation = np.abs(draw).max(), draw.std()
+    tolerance = 5 / (2 * draw.size) ** 0.5  # standard errors, of a normal; relative
+    if kind == "uniform":
+        bound = (math.prod(taps) * channels) ** -0.5
+        assert (1 - 20 / draw.size) * bound < largest <= bound
+        assert deviation == pytest.approx(bound / 3**0.5, rel=tolerance)
+    else:
+        fan = math.prod(taps) * (channels if kind == "fan_in" else features)
+        assert deviation == pytest.approx((2 / fan) ** 0.5, rel=tolerance)
+        # A normal truncated at two deviations ends at 2.3 of what is left, a uniform
+        # at 1.7.
+        assert largest > 2.5 * deviation
+
+
+@every_classifier_in_time
+def test_initial_weights_are_those_of_pytorch(name):
+    shapes = {}
 
     @jax.jit
-    def deviations():
-        rngs = nnx.Rngs(0)
-        blocks = {
-            "cifar": resnet.resnet20(rngs=rngs).blocks.layers[3],
-            "imagenet": resnet.resnet18(rngs=rngs).blocks.layers[2],
-            "dense": densenet.DenseLayer(64, 32, rngs=rngs),
-        }
-        return {name: jnp.std(b.conv1.kernel[...]) for name, b in blocks.items()}
+    def draws():
+        modules = [m for _, m in nnx.iter_graph(CLASSIFIERS[name](rngs=nnx.Rngs(0)))]
+        kinds = {}
+        for module in modules:
+            if isinstance(module, nnx.Conv | nnx.Linear):
+                shape = module.kernel.shape
+                groups = getattr(module, "feature_group_count", 1)
+                kinds[shape[:-2], groups] = module  # the last one of every kind
+        values = {}
+        for kind, module in kinds.items():
+            shapes[kind] = module.kernel.shape
+            bias = None if module.bias is None else module.bias[...]
+            values[kind] = (module.kernel[...], bias)
+        return values
 
-    found = {name: float(value) for name, value in deviations().items()}
-    assert found == pytest.approx(expected, rel=0.05)
+    begins = BEGINS[name]
+    for kind, values in draws().items():
+        kernel, bias = jax.tree.map(np.float64, values)
+        check_draw(begins.convolution if kind[0] else begins.head, shapes[kind], kernel)
+        if bias is not None:
+            check_draw(begins.bias, shapes[kind], bias)
+    grouped = {groups for _, groups in shapes}
+    assert grouped == ({1, 32} if name == "resnext50_32x4d" else {1})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "basic_cnn" else [pytest.mark.slow])
+        for name in CLASSIFIERS
+    ],
+)
+def test_first_logits_are_finite(name):
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    forward = jax.jit(lambda x: CLASSIFIERS[name](rngs=nnx.Rngs(0))(x))
+    logits = forward(images)
+    assert np.isfinite(logits).all() and np.ptp(logits) > 0
 
 
 def test_option_a_takes_every_second_pixel_and_pads_channels_with_zeros():

@@ -8,11 +8,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# "Delving deep into rectifiers", He, Zhang, Ren, Sun, 2015, Section 2.2, which the
-# paper takes: normal of variance 2 / fan-in, untruncated.
-_INIT = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
+from examples.models.convolution import convolve
+from examples.models.initialisers import KAIMING_FAN_IN, PYTORCH_KERNEL
 
-_Conv = functools.partial(nnx.Conv, use_bias=False, kernel_init=_INIT)
+_Conv = functools.partial(
+    nnx.Conv,
+    use_bias=False,
+    kernel_init=KAIMING_FAN_IN,
+    conv_general_dilated=convolve,
+)
 # PyTorch's momentum of 0.1 is flax's of 0.9; both have an epsilon of 1e-5.
 _Norm = functools.partial(nnx.BatchNorm, momentum=0.9)
 
@@ -70,10 +74,15 @@ class Transition(nnx.Module):
 class DenseNet(nnx.Module):
     """A stem, dense blocks with transitions between them, a dense head.
 
+    The initial weights are torchvision's: of the convolutions He's by the fan-in, of
+    the head PyTorch's kernel and a bias of zeros.
+
     Args:
       depths: number of layers in every dense block.
       growth: channels that every layer adds; the stem has twice as many.
       classes: number of classes.
+      cifar_stem: whether the stem is a 3x3 convolution, for images of 32x32, or a 7x7
+        one of stride 2 with a max-pool of stride 2 after it.
       dtype: dtype of the activations; parameters and logits are float32.
       rngs: random streams of the initial weights.
 
@@ -88,12 +97,17 @@ class DenseNet(nnx.Module):
         growth: int,
         classes: int = 1000,
         *,
+        cifar_stem: bool = False,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
         options = {"dtype": dtype, "rngs": rngs}
         width = 2 * growth
-        self.stem = _Conv(3, width, (7, 7), strides=2, padding=3, **options)
+        taps, stride = (3, 1) if cifar_stem else (7, 2)
+        self.cifar_stem = cifar_stem
+        self.stem = _Conv(
+            3, width, (taps, taps), strides=stride, padding=taps // 2, **options
+        )
         self.stem_norm = _Norm(width, **options)
         layers = []
         for i, depth in enumerate(depths):
@@ -105,22 +119,22 @@ class DenseNet(nnx.Module):
                 width += growth
         self.blocks = nnx.Sequential(*layers)
         self.norm = _Norm(width, **options)
-        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.head = nnx.Linear(width, classes, kernel_init=uniform, rngs=rngs)
+        self.head = nnx.Linear(width, classes, kernel_init=PYTORCH_KERNEL, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the logits `(n, classes)` of images `(n, height, width, 3)`."""
         x = nnx.relu(self.stem_norm(self.stem(images)))
-        x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        if not self.cifar_stem:
+            x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         x = nnx.relu(self.norm(self.blocks(x)))
         return self.head(x.mean((1, 2)))
 
 
-def densenet121(classes: int = 1000, *, dtype: Any = None, rngs: nnx.Rngs) -> DenseNet:
-    """Return DenseNet-121: 7,978,856 parameters for a thousand classes."""
-    return DenseNet((6, 12, 24, 16), 32, classes, dtype=dtype, rngs=rngs)
+def densenet121(classes: int = 1000, **options: Any) -> DenseNet:
+    """Return DenseNet-121: 7,978,856 parameters; options as in `DenseNet`."""
+    return DenseNet((6, 12, 24, 16), 32, classes, **options)
 
 
-def densenet161(classes: int = 1000, *, dtype: Any = None, rngs: nnx.Rngs) -> DenseNet:
-    """Return DenseNet-161: 28,681,000 parameters for a thousand classes."""
-    return DenseNet((6, 12, 36, 24), 48, classes, dtype=dtype, rngs=rngs)
+def densenet161(classes: int = 1000, **options: Any) -> DenseNet:
+    """Return DenseNet-161: 28,681,000 parameters; options as in `DenseNet`."""
+    return DenseNet((6, 12, 36, 24), 48, classes, **options)

@@ -1,21 +1,24 @@
-"""Residual networks: the form for CIFAR (ResNet-20, 44), that for ImageNet (18 to 50).
+"""Residual networks: the form for CIFAR (ResNet-20, 44), those for ImageNet.
 
 He, Zhang, Ren, Sun: "Deep Residual Learning for Image Recognition", 2016.
-https://arxiv.org/abs/1512.03385.
+https://arxiv.org/abs/1512.03385. Of the wide and the grouped one the papers are below.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# "Delving deep into rectifiers", He, Zhang, Ren, Sun, 2015, Section 2.2: normal of
-# variance 2 / fan, untruncated.
-KAIMING_FAN_IN = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
-KAIMING_FAN_OUT = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+from examples.models.convolution import convolve
+from examples.models.initialisers import (
+    KAIMING_FAN_IN,
+    KAIMING_FAN_OUT,
+    PYTORCH_KERNEL,
+    pytorch_bias,
+)
 
 # PyTorch's momentum of 0.1 is flax's of 0.9; both have an epsilon of 1e-5.
 _Norm = functools.partial(nnx.BatchNorm, momentum=0.9)
@@ -35,6 +38,7 @@ class _Conv(nnx.Conv):
             strides=stride,
             padding=taps // 2,
             use_bias=False,
+            conv_general_dilated=convolve,
             **options,
         )
 
@@ -57,8 +61,6 @@ class BasicBlock(nnx.Module):
       He et al., 2016, Section 3.3 (the options) and Figure 5, left.
     """
 
-    expansion = 1
-
     def __init__(
         self,
         fan_in: int,
@@ -75,6 +77,7 @@ class BasicBlock(nnx.Module):
         self.conv1, self.norm1 = conv(fan_in, width, 3, stride), norm(width)
         self.conv2, self.norm2 = conv(width, width, 3), norm(width)
         self.shortcut = _shortcut(fan_in, width, stride, projected, conv, norm)
+        self.channels = width
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `(n, height / stride, width / stride, width)`, of images."""
@@ -91,18 +94,19 @@ class Bottleneck(nnx.Module):
 
     Args:
       fan_in: channels that come in.
-      width: channels of the 3x3 convolution; four times as many go out.
+      width: a quarter of the channels that go out.
       stride: stride of the 3x3 convolution and of the shortcut.
+      widening: channels of the 3x3 convolution are `widening * width`.
+      groups: groups of the 3x3 convolution, which divide its channels.
       projected: as in `BasicBlock`.
       init: initialiser of the convolutions.
       dtype: dtype of the activations; parameters are float32.
       rngs: random streams of the initial weights.
 
     References:
-      He et al., 2016, Figure 5, right.
+      He et al., 2016, Figure 5, right. `widening`: Zagoruyko and Komodakis, 2016,
+      Section 2. `groups`: Xie et al., 2017, Figure 3 (c).
     """
-
-    expansion = 4
 
     def __init__(
         self,
@@ -110,6 +114,8 @@ class Bottleneck(nnx.Module):
         width: int,
         stride: int,
         *,
+        widening: int = 1,
+        groups: int = 1,
         projected: bool,
         init: Any,
         dtype: Any = None,
@@ -117,11 +123,13 @@ class Bottleneck(nnx.Module):
     ):
         conv = functools.partial(_Conv, kernel_init=init, dtype=dtype, rngs=rngs)
         norm = functools.partial(_Norm, dtype=dtype, rngs=rngs)
-        out = self.expansion * width
-        self.conv1, self.norm1 = conv(fan_in, width, 1), norm(width)
-        self.conv2, self.norm2 = conv(width, width, 3, stride), norm(width)
-        self.conv3, self.norm3 = conv(width, out, 1), norm(out)
+        grouped = functools.partial(conv, feature_group_count=groups)
+        inner, out = widening * width, 4 * width
+        self.conv1, self.norm1 = conv(fan_in, inner, 1), norm(inner)
+        self.conv2, self.norm2 = grouped(inner, inner, 3, stride), norm(inner)
+        self.conv3, self.norm3 = conv(inner, out, 1), norm(out)
         self.shortcut = _shortcut(fan_in, out, stride, projected, conv, norm)
+        self.channels = out
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return `(n, height / stride, width / stride, 4 width)`, of images."""
@@ -159,12 +167,12 @@ class ResNet(nnx.Module):
         first one has a stride of 2.
       widths: width of the blocks of every stage.
       classes: number of classes.
-      block: `BasicBlock` or `Bottleneck`.
+      block: `BasicBlock` or `Bottleneck`, or a partial one.
       projected: shortcuts of option B, see `BasicBlock`.
       cifar_stem: whether the stem is a 3x3 convolution, for images of 32x32, or a 7x7
         one of stride 2 with a max-pool of stride 2 after it.
-      init: initialiser of the convolutions. That of the head is PyTorch's kernel, with
-        a bias of zeros.
+      init: initialiser of the convolutions.
+      head_init: initialiser of the head's kernel; that of its bias is PyTorch's.
       dtype: dtype of the activations; parameters and logits are float32.
       rngs: random streams of the initial weights.
 
@@ -178,10 +186,11 @@ class ResNet(nnx.Module):
         widths: Sequence[int],
         classes: int,
         *,
-        block: type[BasicBlock] | type[Bottleneck] = BasicBlock,
+        block: Callable[..., BasicBlock | Bottleneck] = BasicBlock,
         projected: bool = True,
         cifar_stem: bool = False,
         init: Any = KAIMING_FAN_OUT,
+        head_init: Any = PYTORCH_KERNEL,
         dtype: Any = None,
         rngs: nnx.Rngs,
     ):
@@ -198,10 +207,15 @@ class ResNet(nnx.Module):
                     fan_in, width, stride, projected=projected, init=init, **options
                 )
                 blocks.append(made)
-                fan_in = block.expansion * width
+                fan_in = made.channels
         self.blocks = nnx.Sequential(*blocks)
-        uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        self.head = nnx.Linear(fan_in, classes, kernel_init=uniform, rngs=rngs)
+        self.head = nnx.Linear(
+            fan_in,
+            classes,
+            kernel_init=head_init,
+            bias_init=pytorch_bias(fan_in),
+            rngs=rngs,
+        )
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the logits `(n, classes)` of images `(n, height, width, 3)`."""
@@ -220,6 +234,7 @@ def _cifar(depth: int, classes: int, dtype: Any, rngs: nnx.Rngs) -> ResNet:
         projected=False,
         cifar_stem=True,
         init=KAIMING_FAN_IN,
+        head_init=KAIMING_FAN_IN,
         dtype=dtype,
         rngs=rngs,
     )
@@ -251,3 +266,30 @@ def resnet34(classes: int = 1000, **options: Any) -> ResNet:
 def resnet50(classes: int = 1000, **options: Any) -> ResNet:
     """Return ResNet-50 of Table 1: 25,557,032 parameters; options as in `ResNet`."""
     return ResNet((3, 4, 6, 3), _WIDTHS, classes, block=Bottleneck, **options)
+
+
+def resnext50_32x4d(classes: int = 1000, **options: Any) -> ResNet:
+    """Return ResNeXt-50 (32x4d): 25,028,904 parameters; options as in `ResNet`.
+
+    The kernel of a grouped convolution is cut into one matrix for all groups by the
+    default rule, `components.ByName()`, which sees its name and shape only:
+    `(3, 3, in / 32, out)` into `9 in / 32` rows and `out` columns. `from_model(model)`
+    cuts it into one for every group: 32 of `9 in / 32` rows and `out / 32` columns.
+
+    References:
+      Xie, Girshick, Dollár, Tu, He: "Aggregated residual transformations for deep
+      neural networks", 2017. https://arxiv.org/abs/1611.05431. Table 1.
+    """
+    block = functools.partial(Bottleneck, widening=2, groups=32)
+    return ResNet((3, 4, 6, 3), _WIDTHS, classes, block=block, **options)
+
+
+def wide_resnet50_2(classes: int = 1000, **options: Any) -> ResNet:
+    """Return WRN-50-2-bottleneck: 68,883,240 parameters; options as in `ResNet`.
+
+    References:
+      Zagoruyko, Komodakis: "Wide residual networks", 2016.
+      https://arxiv.org/abs/1605.07146. Table 8.
+    """
+    block = functools.partial(Bottleneck, widening=2)
+    return ResNet((3, 4, 6, 3), _WIDTHS, classes, block=block, **options)

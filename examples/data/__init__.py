@@ -1,0 +1,7 @@
+"""Data sets of the trainers, as arrays in memory, one file each."""
+
+from examples.data.cifar10 import load_cifar10
+from examples.data.dataset import Dataset, Split
+from examples.data.digits import load_digits
+
+__all__ = ["Dataset", "Split", "load_cifar10", "load_digits"]

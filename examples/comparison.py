@@ -78,12 +78,16 @@ def winners(study: Study, rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
 def text(study: Study, rows: Sequence[Row], name: str = "") -> str:
     """Return what a study found, as Markdown."""
     parts = [f"## {study.title}"]
+    ran = any(matching(cell.run, rows) for cell in study.cells)
+    ran = ran or any(winners(study, rows).values())
+    if not ran:
+        parts += ["<details>", f"<summary>{NOT_YET}</summary>"]
     if study.cells:
         parts += [_cells_table(study, rows, name)]
         parts += _orderings(study, rows)
     if study.arms:
         parts += [_arms_table(study, rows, name)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *([] if ran else ["</details>"])])
 
 
 def _cells_table(study: Study, rows: Sequence[Row], name: str) -> str:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiling import compiled
+from flax import nnx
 
 from examples import probes, supervised
 from examples.data import Dataset, Split
@@ -28,13 +30,21 @@ def run():
     return dataclasses.replace(first, recipe=recipe, epochs=3)
 
 
+def start(recipe):
+    return compiled(lambda key: supervised.initialise(key, recipe))(jax.random.key(0))
+
+
 def test_cosines_are_those_of_the_pairs_of_feature_maps(run):
-    state = supervised.initialise(jax.random.key(0), run.recipe)
+    state = start(run.recipe)
     found = probes.cosines(state, DATA.validation, run.recipe)
-    model = supervised.make_model(run.recipe, jax.random.key(0))
-    model.eval()
-    images = supervised.normalised(DATA.validation.images, run.recipe)
-    for number, maps in enumerate(model.representations(images), 1):
+
+    def representations(images):
+        model = nnx.merge(state.graphdef, state.params, state.statistics, copy=True)
+        model.eval()
+        return model.representations(supervised.normalised(images, run.recipe))
+
+    layers = compiled(representations)(DATA.validation.images)
+    for number, maps in enumerate(layers, 1):
         x = np.asarray(maps, float).reshape(len(maps), -1, maps.shape[-1])
         norms = np.linalg.norm(x, axis=1, keepdims=True)
         x = x / np.where(norms == 0, 1, norms)
@@ -48,7 +58,7 @@ def test_dead_parameters_are_those_of_the_layer_of_the_paper(monkeypatch):
     """On a small network: the path is that of resnet50's layer2[1].conv2 below."""
     monkeypatch.setattr(probes, "_DEAD_IN", "conv2/kernel")
     recipe = probes.PROBES["figure8"].runs[0].recipe
-    state = supervised.initialise(jax.random.key(0), recipe)
+    state = start(recipe)
 
     def objective(params):
         images = supervised.normalised(DATA.train.images, recipe)
@@ -56,7 +66,8 @@ def test_dead_parameters_are_those_of_the_layer_of_the_paper(monkeypatch):
         chosen = jnp.take_along_axis(logits, DATA.train.labels[:, None], 1)[:, 0]
         return (jax.nn.logsumexp(logits, 1) - chosen).mean()
 
-    size = np.abs(np.asarray(jax.grad(objective)(state.params)["conv2"]["kernel"][...]))
+    grads = compiled(jax.grad(objective))(state.params)
+    size = np.abs(np.asarray(grads["conv2"]["kernel"][...]))
     found = probes.dead(state, DATA.train, recipe)
     near = pytest.approx((size <= 1e-4).sum(), abs=3)  # rounding at the threshold
     assert found["at most 1e-4"] == near

@@ -115,7 +115,14 @@ def be_killed(optimiser, folder):
     train_together([make_cnn(optimiser)], limits=limits, told=told)
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "orthogonal_sgd", "adam"])
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        "orthogonal_sgd",
+        pytest.param("sgd", marks=pytest.mark.slow),
+        pytest.param("adam", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_with_the_same_numbers(optimiser, tmp_path):
     code = "import sys, test_supervised; test_supervised.be_killed(*sys.argv[1:])"
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])

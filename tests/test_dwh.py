@@ -107,7 +107,7 @@ def test_contract_on_a_short_side_of_2048():
     """A cosine transform for singular vectors: no decomposition of this size.
 
     All entries of the largest direction are equal in magnitude, so that rounding errors
-    add up: coupling between 8e-4 and 1.9e-3, by the CPU; with random vectors 1e-6.
+    add up: coupling below 1e-3 on one CPU, 1.9e-3 on another; random vectors 1e-6.
     """
     n = 2048
     rows, columns = np.ogrid[:n, :n]

@@ -11,7 +11,15 @@ from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown as table
 from examples.probes import PROBES, draw as draw_probe, read as read_probes
-from examples.report import CURVES, Results, Row, curve, gather, spread
+from examples.report import (
+    CURVES,
+    Results,
+    Row,
+    curve,
+    gather,
+    mean_and_error,
+    spread,
+)
 from examples.studies import STUDIES, Cell, Published, Study
 from examples.supervised import Run
 
@@ -306,12 +314,7 @@ def _draw(found: Sequence[tuple[Cell, Sequence[Row]]], path: Path) -> None:
     for axis, name in zip(axes, CURVES, strict=True):
         for number, (cell, group) in enumerate(found):
             curves = np.array([curve(row, name) for row in group])
-            mean = curves.mean(0)
-            error = (
-                curves.std(0, ddof=1) / math.sqrt(len(curves))
-                if len(curves) > 1
-                else 0 * mean
-            )
+            mean, error = mean_and_error(curves)
             x = np.arange(1, len(mean) + 1)
             label = ", ".join(filter(None, _heading(cell)[1:])).replace("`", "")
             axis.plot(x, mean, color=f"C{number}", label=f"{label} (n = {len(group)})")

@@ -194,6 +194,15 @@ def curve(row: Row, name: str) -> list[float]:
     return [float(x) for x in row[f"{name}_curve"].split()]
 
 
+def mean_and_error(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean of curves, shape `(runs, epochs)`, and its standard error.
+
+    Of a single curve the error is taken for zero.
+    """
+    runs, mean = len(curves), curves.mean(0)
+    return mean, curves.std(0, ddof=1) / math.sqrt(runs) if runs > 1 else 0.0 * mean
+
+
 def spread(values: np.ndarray, digits: int = 3) -> str:
     """Return the mean and its standard error, or how many runs diverged."""
     if lost := int(np.isnan(values).sum()):
@@ -254,10 +263,8 @@ def plot(arms: Sequence[Arm], title: str, path: Path) -> None:
 
 def _draw(axis: Axes, arm: Arm, colour: str) -> None:
     """Draw the curve of one arm with its band; a diverged seed ends the curve."""
-    seeds, epochs = arm.curves.shape
-    mean = arm.curves.mean(0)
-    error = arm.curves.std(0, ddof=1) / math.sqrt(seeds) if seeds > 1 else 0.0 * mean
-    x = np.arange(1, epochs + 1)
+    mean, error = mean_and_error(arm.curves)
+    x = np.arange(1, len(mean) + 1)
     label = f"{arm.optimiser}, rate {arm.learning_rate:g} (test {spread(arm.tests)})"
     axis.plot(x, mean, color=colour, marker="o", markersize=3, label=label)
     low, high = (mean - error).clip(0, 1), (mean + error).clip(0, 1)

@@ -43,12 +43,15 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def checkpoints(identity: Any, folder: Path | None) -> Iterator[Checkpoints]:
+def checkpoints(
+    identity: Any, folder: Path | None, *, keep: bool = False
+) -> Iterator[Checkpoints]:
     """Give the checkpoints of some work, which are deleted once it is finished.
 
     Args:
       identity: what tells it from other work, of which JSON can be made.
       folder: of the checkpoints of all; without, none are written.
+      keep: whether they are kept instead, for work that may be continued.
     """
     if folder is None:
         yield Checkpoints(None)
@@ -60,4 +63,5 @@ def checkpoints(identity: Any, folder: Path | None) -> Iterator[Checkpoints]:
     )
     with ocp.CheckpointManager(own, options=options) as manager:
         yield Checkpoints(manager)
-    shutil.rmtree(own, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(own, ignore_errors=True)

@@ -1,6 +1,9 @@
 """Which axes of a leaf form a matrix, and work on all matrices of a tree at once."""
 
+from orthax.components._axes import along_axes as along_axes
 from orthax.components._by_name import ByName as ByName
+from orthax.components._costs import Machine as Machine, Split as Split
+from orthax.components._division import Division as Division
 from orthax.components._from_model import (
     FromModel as FromModel,
     from_model as from_model,
@@ -17,6 +20,7 @@ from orthax.components._rule import (
     Rule as Rule,
     check_rule as check_rule,
 )
+from orthax.components._sharded import by_compiler as by_compiler
 from orthax.components._stacking import Group as Group, Stacking as Stacking
 from orthax.components._tree import (
     Leaf as Leaf,

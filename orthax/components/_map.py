@@ -7,9 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from orthax.components._by_name import ByName
+from orthax.components._costs import Flops, Split
 from orthax.components._rule import Rule
+from orthax.components._sharded import over_devices
 from orthax.components._stacking import Stacking
-from orthax.components._tree import Leaf, resolve
+from orthax.components._tree import resolve
+
+
+def _two_products(m: int, n: int) -> float:
+    """Return the operations of two products of a matrix and its short side."""
+    return 4.0 * m * n * min(m, n)
 
 
 def map_matrices(
@@ -19,6 +26,7 @@ def map_matrices(
     *,
     stacking: Stacking = Stacking(),
     commutes_with_transpose: bool = False,
+    flops: Flops = _two_products,
 ) -> Any:
     """Apply a function on stacks of matrices to every matrix of a tree.
 
@@ -32,6 +40,8 @@ def map_matrices(
       stacking: how equal matrices are worked on together.
       commutes_with_transpose: whether `f(x.mT) == f(x).mT`, so that an m x n and an
         n x m matrix may share a stack.
+      flops: operations of `f` for one m x n matrix, by which the work is divided where
+        leaves lie on many devices; default `4 m n min(m, n)`.
 
     Returns:
       A tree of equal structure, shapes and dtypes.
@@ -53,13 +63,17 @@ def map_matrices(
       (2.0, 1.0)
     """
     each = stacking.each(f, commutes_with_transpose=commutes_with_transpose)
-    return map_stacks(each, tree, rule)
+    return map_stacks(each, tree, rule, stacking=stacking, flops=flops)
 
 
 def map_stacks(
     f: Callable[[list[jax.Array]], Sequence[jax.Array]],
     tree: Any,
     rule: Rule = ByName(),
+    *,
+    stacking: Stacking = Stacking(),
+    flops: Flops = _two_products,
+    split: Split | None = None,
 ) -> Any:
     """Apply a function on all stacks of a tree at once.
 
@@ -71,6 +85,11 @@ def map_stacks(
       f: maps a list of stacks `(b, m, n)` to as many of equal shapes and dtypes.
       tree: floating or complex arrays in any pytree; other leaves come back untouched.
       rule: how leaves are cut; leaves that it leaves alone come back untouched.
+      stacking: on which devices they are worked on; `f` is then called with what one
+        device works on, for several devices perhaps in several ways.
+      flops: operations for one m x n matrix, as for `map_matrices`.
+      split: how several devices share a matrix that is too large for one; default: they
+        do not.
 
     Returns:
       A tree of equal structure, shapes and dtypes.
@@ -91,21 +110,11 @@ def map_stacks(
       [(1, 2, 3), (1, 4, 3)]
     """
     leaves = resolve(tree, rule)
-    stacks = [
-        stack
-        for leaf in leaves
-        if leaf.cut
-        for stack in leaf.cut.fold(jnp.asarray(leaf.value))
-    ]
-    results = iter(f(stacks))
-    values = [
-        leaf.cut.unfold([next(results) for _ in _shapes(leaf)], leaf.value.shape)
-        if leaf.cut
-        else leaf.value
-        for leaf in leaves
-    ]
+    cut = [leaf for leaf in leaves if leaf.cut]
+    results = iter(())
+    if cut:
+        xs = tuple(jnp.asarray(leaf.value) for leaf in cut)
+        cuts = tuple(leaf.cut for leaf in cut)
+        results = iter(over_devices(xs, f, cuts, stacking.costs(flops, split)))
+    values = [next(results) if leaf.cut else leaf.value for leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(tree), values)
-
-
-def _shapes(leaf: Leaf) -> tuple[tuple[int, int, int], ...]:
-    return leaf.cut.matrices(leaf.value.shape)

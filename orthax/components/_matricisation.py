@@ -97,6 +97,19 @@ class Matricisation:
         )
         return dataclasses.replace(self, rows=rows, columns=columns, spatial=spatial)
 
+    def behind_axis(self) -> "Matricisation":
+        """Return the same for leaves with one more axis in front, a batch axis."""
+        rows, columns, spatial = (
+            tuple(axis + (axis >= 0) for axis in part)
+            for part in (self.rows, self.columns, self.spatial)
+        )
+        return dataclasses.replace(self, rows=rows, columns=columns, spatial=spatial)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every position of the batch axes makes one matrix."""
+        return self.groups == 1 and self.blocks == 1
+
     def matrices(self, shape: Shape) -> tuple[tuple[int, int, int], ...]:
         """Return the shapes `(b, m, n)` of the stacks that a leaf folds into.
 

@@ -1,15 +1,17 @@
 """Which matrices are worked on together."""
 
 import dataclasses
-import functools
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+
+from orthax.components._costs import Costs, Flops, Machine, Split, SplitFlops
+from orthax.components._division import Division, divided
+from orthax.components._layout import Axes, full_spec, named_layouts
+from orthax.components._stacked import call_in_place, call_joined
+from orthax.components._tree import Leaf
 
 
 class Group(NamedTuple):
@@ -33,34 +35,102 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stacking:
-    """How equal matrices are worked on together.
+    """How equal matrices are worked on together, and on which devices.
 
     Attributes:
       max_bytes: largest stack that is handed to a function at once, in bytes of its
         input; larger ones are worked on in pieces, one after another. Default: no
         limit.
+      sharding: how leaves on many devices are worked on. `"stack"`: an all-to-all gives
+        every device its share of whole matrices, another one brings them back, and
+        replicated leaves are divided where that saves time. Names of mesh axes (one, a
+        tuple, a `PartitionSpec`, or a `NamedSharding` over them): the same, replicated
+        leaves being divided over these axes and no others. None: left to the compiler.
+      machine: the cost of moving and computing, by which plans are chosen.
 
     Raises:
-      ValueError: if `max_bytes` is not positive; from `map_matrices`, if it is smaller
-        than one matrix.
-      TypeError: if `max_bytes` is not an integer.
+      ValueError: if `max_bytes` is not positive or `sharding` names no axis; from
+        `map_matrices`, if `max_bytes` is smaller than one matrix, or `sharding` names
+        an axis that the mesh lacks or that a surrounding `shard_map` has taken.
+      TypeError: if an attribute is something else.
+
+    Limits:
+      On axes that are not explicit, the plan is made when the program is compiled
+      (`jax.experimental.custom_partitioning`, which `jax.export` cannot serialise);
+      inside a `shard_map` over some of them the compiler is left to itself. An axis of
+      a leaf that it divides unevenly is gathered first. On a mesh of both kinds of
+      axes, one axis of a leaf may be sharded over one kind only: JAX forgets the other.
+      A derivative of the update is left to the compiler.
 
     Example:
       >>> from orthax import components
-      >>> components.Stacking(max_bytes=2**28)
-      Stacking(max_bytes=268435456)
+      >>> components.Stacking(max_bytes=2**28).max_bytes
+      268435456
     """
 
     max_bytes: int | None = None
+    sharding: str | Axes | jax.sharding.PartitionSpec | jax.NamedSharding | None = (
+        "stack"
+    )
+    machine: Machine = dataclasses.field(default_factory=Machine)
 
     def __post_init__(self):
         limit = self.max_bytes
-        if limit is None:
-            return
-        if isinstance(limit, bool) or not isinstance(limit, int):
-            raise TypeError(f"`max_bytes` must be an integer or None, got {limit!r}.")
-        if limit < 1:
-            raise ValueError(f"`max_bytes` must be positive, got {limit}.")
+        if limit is not None:
+            if isinstance(limit, bool) or not isinstance(limit, int):
+                raise TypeError(
+                    f"`max_bytes` must be an integer or None, got {limit!r}."
+                )
+            if limit < 1:
+                raise ValueError(f"`max_bytes` must be positive, got {limit}.")
+        if not isinstance(self.machine, Machine):
+            raise TypeError(f"`machine` must be a Machine, got {self.machine!r}.")
+        if self.sharding not in (None, "stack"):
+            _axes(self.sharding)
+
+    def costs(self, flops: Flops, split: Split | None = None) -> Costs | None:
+        """Return what the work on many devices is divided by; None: it is not."""
+        if self.sharding is None:
+            return None
+        if self.sharding == "stack":
+            return Costs(self.machine, flops, split)
+        mesh = None
+        if isinstance(self.sharding, jax.NamedSharding):
+            mesh = tuple(self.sharding.mesh.shape.items())
+        return Costs(self.machine, flops, split, _axes(self.sharding), mesh)
+
+    def divisions(
+        self,
+        leaves: Sequence[Leaf],
+        shardings: Sequence[Any],
+        *,
+        flops: Flops,
+        split_flops: SplitFlops | None = None,
+    ) -> list[Division]:
+        """Return how matrices of leaves are divided among the devices of a mesh.
+
+        Args:
+          leaves: from `resolve`, those that are cut.
+          shardings: a `jax.NamedSharding` for each, perhaps over a
+            `jax.sharding.AbstractMesh`; anything else counts as replicated.
+          flops: operations for one m x n matrix.
+          split_flops: as `Split.flops`; default: no matrix is shared by devices.
+
+        Returns:
+          Every leaf in one division; nothing if no leaf is on a mesh, or if `sharding`
+          is None.
+
+        Raises:
+          ValueError: if leaves are on different meshes or cannot be divided evenly, or
+            `sharding` names axes that the mesh lacks.
+        """
+        laid = named_layouts(leaves, shardings)
+        costs = self.costs(flops, split_flops and Split(None, split_flops))
+        if laid is None or costs is None:
+            return []
+        names, sizes = zip(*laid[0].sizes, strict=True)
+        costs.check(jax.sharding.AbstractMesh(sizes, names))
+        return divided(laid, costs)
 
     def groups(
         self,
@@ -181,16 +251,36 @@ class Stacking:
             for group in self.groups(stacks, **how):
                 parts = [stacks[i] for i in group.members]
                 if group.joined:
-                    whole = _in_pieces(f, _joined(parts, group), group.at_once)
-                    parts = _apart(whole, parts, group.turned)
+                    how_joined = group.shape, group.turned, group.at_once
+                    parts = call_joined(f, parts, *how_joined)
                 else:
-                    parts = _in_place(f, parts, group.at_once, last)
+                    parts = call_in_place(f, parts, group.at_once, last)
                     last = parts[-1] if in_turn else None
                 for i, x in zip(group.members, parts, strict=True):
                     out[i] = x
             return out
 
         return all_of
+
+
+def _axes(sharding: Any) -> Axes:
+    """Return the mesh axes that something names."""
+    spec = sharding.spec if isinstance(sharding, jax.NamedSharding) else sharding
+    if isinstance(spec, jax.sharding.PartitionSpec):
+        names = tuple(name for entry in full_spec(spec, 0) for name in entry)
+    else:
+        names = (spec,) if isinstance(spec, str) else spec
+    if not isinstance(names, tuple) or not all(isinstance(n, str) for n in names):
+        raise TypeError(
+            '`sharding` must be "stack", None, or name mesh axes: a name, a tuple of '
+            f"names, a PartitionSpec or a NamedSharding; got {sharding!r}."
+        )
+    if not names:
+        raise ValueError(
+            f"`sharding` {sharding!r} names no mesh axis; to leave sharding to the "
+            "compiler write None."
+        )
+    return names
 
 
 def _count(
@@ -214,101 +304,5 @@ def _group(
     return Group(tuple(members), turned, (count, *shape), joined, at_once)
 
 
-def _joined(stacks: Sequence[jax.Array], group: Group) -> jax.Array:
-    _, m, n = group.shape
-    parts = []
-    for x, turn in zip(stacks, group.turned, strict=True):
-        x = x.mT if turn else x
-        rest = (m - x.shape[1], n - x.shape[2])
-        if any(rest):
-            x = jnp.pad(x, ((0, 0), (0, rest[0]), (0, rest[1])))
-        parts.append(x)
-    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-
-
-def _apart(
-    whole: jax.Array, stacks: Sequence[jax.Array], turned: Sequence[bool]
-) -> Iterator[jax.Array]:
-    """Yield the part of a group's stack that belongs to every member."""
-    ends = itertools.accumulate(len(x) for x in stacks[:-1])
-    parts = jnp.split(whole, [*ends])
-    for x, turn, part in zip(stacks, turned, parts, strict=True):
-        part = part.mT if turn else part
-        _, m, n = x.shape
-        yield part if part.shape == x.shape else part[:, :m, :n]
-
-
-def _in_place(
-    f: Callable[[jax.Array], jax.Array],
-    stacks: Sequence[jax.Array],
-    at_once: int,
-    done: jax.Array | None,
-) -> list[jax.Array]:
-    """Call `f` on equal matrices where they are, once `done` is there."""
-    places = np.array([(k, j) for k, x in enumerate(stacks) for j in range(len(x))])
-    if at_once > 1 or len(places) < 2:
-        (x,) = stacks
-        return [_in_pieces(f, x if done is None else _after(x, done), at_once)]
-    places = jnp.asarray(places) if done is None else _after(places, done)
-
-    def turn(i: jax.Array, out: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        member, j = places[i]
-        pick = [functools.partial(_taken, k) for k in range(len(out))]
-        y = _called(f, jax.lax.switch(member, pick, out, j))
-        # XLA keeps what a branch returns untouched where it is.
-        return tuple(
-            jax.lax.cond(member == k, _put, lambda x, *_: x, x, y, j)
-            for k, x in enumerate(out)
-        )
-
-    return list(jax.lax.fori_loop(0, len(places), turn, tuple(stacks)))
-
-
-def _taken(k: int, stacks: Sequence[jax.Array], j: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_slice_in_dim(stacks[k], j, 1)
-
-
-def _put(stack: jax.Array, matrix: jax.Array, j: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice_in_dim(stack, matrix, j, 0)
-
-
-def _after(x: jax.Array, done: jax.Array) -> jax.Array:
-    """Return `x`, which now depends on another array.
-
-    XLA starts on a CPU whatever it can and keeps in memory all that it started; an
-    optimisation barrier would be removed. No number is above one and below minus one,
-    which XLA does not know.
-    """
-    first = done[0, 0, 0].real
-    return jnp.where((first > 1) & (first < -1), 0, x)
-
-
-def _in_pieces(
-    f: Callable[[jax.Array], jax.Array], x: jax.Array, at_once: int
-) -> jax.Array:
-    """Call `f` on a stack, a number of matrices at once."""
-    b, m, n = x.shape
-    pieces = -(-b // at_once)
-    if pieces < 2:
-        return _called(f, x)
-    at_once = -(-b // pieces)
-    whole, rest = divmod(b, at_once)
-    head = x[: whole * at_once].reshape(whole, at_once, m, n)
-    head = jax.lax.map(lambda piece: _called(f, piece), head).reshape(-1, m, n)
-    if not rest:
-        return head
-    return jnp.concatenate([head, _called(f, x[whole * at_once :])])
-
-
 def _bytes_each(x: jax.Array | jax.ShapeDtypeStruct) -> int:
     return math.prod(x.shape[1:]) * x.dtype.itemsize
-
-
-def _called(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    out = f(x)
-    if out.shape != x.shape:
-        raise ValueError(
-            f"The function mapped over matrices turned a stack of shape {x.shape} into "
-            f"{out.shape}; it must keep the shape."
-        )
-    return out

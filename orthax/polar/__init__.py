@@ -22,6 +22,7 @@ from orthax.polar._polar_factor import (
     joining as joining,
     polar_factor as polar_factor,
     polar_factors as polar_factors,
+    split_polar_factors as split_polar_factors,
 )
 from orthax.polar._qdwh import QDWH as QDWH
 from orthax.polar._svd import SVD as SVD

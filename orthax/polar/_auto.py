@@ -81,6 +81,10 @@ class Auto:
             default=self.on("other", x.dtype).factor,
         )
 
+    def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int] | None:
+        """Return what the method of the default platform answers."""
+        return self.on(jax.default_backend()).split_flops(m, n, devices)
+
     def flops(self, m: int, n: int) -> float:
         """Return the operations for one m x n matrix on the default platform."""
         return self.on(jax.default_backend()).flops(m, n)

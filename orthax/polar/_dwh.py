@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthax.polar._decompose import positive_definite_inverse
-from orthax.polar._method import gram, matmul, sides, times
+from orthax.polar._method import gram, matmul, over, sides, times
 
 # What is brought to one: singular values from here up, relative to ||X||_F.
 _LOWER = 1e-3
@@ -95,14 +95,25 @@ class DWH:
         products = 1 + 3 * self.polish + (not self.restart)
         return thin + (4 + 2 * products) * short**3
 
-    def _factor(self, x: jax.Array) -> jax.Array:
+    def factor_split(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Return what a device has of the factors of matrices with sharded columns."""
+        return self._factor(x, axes)
+
+    def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int]:
+        """Return the operations of each device, and the sums over all of them."""
+        short, long = sides(m, n)
+        alone = self.flops(m, n)
+        thin = 4.0 * (1 + self.restart) * short**2 * long
+        return alone - thin * (1 - 1 / devices), 1 + self.restart
+
+    def _factor(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         # With the polish, two steps leave 2e-5 and three what float64 cannot show.
         double = jnp.finfo(x.dtype).bits > 32
         weights = [*_weights(3 if double and self.polish else 2)]
         table = np.array([(w.alpha, w.beta, w.c) for w in weights])
         table = jnp.asarray(table, jnp.finfo(x.dtype).dtype)
-        x = _bounded(x)
-        r, scale = _normalised(gram(x))
+        x = _bounded(x, axes)
+        r, scale = _normalised(gram(x, axes))
 
         def step(i: jax.Array, state: _State) -> _State:
             alpha, beta, c = table[i]
@@ -111,7 +122,9 @@ class DWH:
             q = alpha * eye + beta * w
             first, last = i == 0, i == len(weights) - 1
             q = jax.lax.cond(first, lambda q, _: q * scale, matmul, q, state.q)
-            stepped = functools.partial(self._stepped, state.r, w, table[i], first)
+            stepped = functools.partial(
+                self._stepped, axes, state.r, w, table[i], first
+            )
             if self.polish:
                 return stepped(q, state.x)
             # Nothing looks at the R of the last step.
@@ -122,10 +135,11 @@ class DWH:
         r, q, x = jax.lax.fori_loop(0, len(weights), step, _State(r, r, x))
         if self.polish:
             q = matmul(q, _polish(r, weights[-1].lower))
-        return times(q, x)
+        return times(q, x, axes)
 
     def _stepped(
         self,
+        axes: tuple[str, ...],
         r: jax.Array,
         w: jax.Array,
         weights: jax.Array,
@@ -140,14 +154,16 @@ class DWH:
             return _State(_next(r, w, square, weights), q, x)
 
         def restart(q: jax.Array, x: jax.Array) -> _State:
-            x = times(q, x)
+            x = times(q, x, axes)
             identity = 0 * q + jnp.eye(q.shape[-1], dtype=q.dtype)
-            return _State(gram(x), identity, x)
+            return _State(gram(x, axes), identity, x)
 
         if not self.restart:
             return go_on(q, x)
-        safe = jnp.all(_is_safe(r, square, weights[2]))
-        return jax.lax.cond(first & ~safe, restart, go_on, q, x)
+        unsafe = ~jnp.all(_is_safe(r, square, weights[2]))
+        # Devices that disagreed, by a rounding, would wait for each other for ever.
+        unsafe = over(axes, jax.lax.pmax, unsafe.astype(jnp.int32)) > 0
+        return jax.lax.cond(first & unsafe, restart, go_on, q, x)
 
 
 class _State(NamedTuple):
@@ -241,12 +257,13 @@ def _polish(r: jax.Array, lower: float) -> jax.Array:
     return 15 / 8 * s * eye - 10 / 8 * s**3 * r + 3 / 8 * s**5 * matmul(r, r)
 
 
-def _bounded(x: jax.Array) -> jax.Array:
+def _bounded(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Return every matrix with largest entry one, zero, or NaN if it is not finite."""
     largest = jnp.max(jnp.abs(x.real), axis=(-2, -1), keepdims=True)
     if jnp.iscomplexobj(x):
         imaginary = jnp.max(jnp.abs(x.imag), axis=(-2, -1), keepdims=True)
         largest = jnp.maximum(largest, imaginary)
+    largest = over(axes, jax.lax.pmax, largest)
     return x / jnp.where(largest > 0, largest, 1)
 
 

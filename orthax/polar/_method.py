@@ -1,6 +1,7 @@
 """What a method is, and the steps that several of them share."""
 
 import math
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -16,7 +17,11 @@ class PolarMethod(Protocol):
     a frozen dataclass these two methods. Two attributes may follow: `any_scale = True`
     where `factor` takes matrices as they are, of any scale and perhaps not finite, and
     `fills_null_space = False` where it gives zeros for zeros, so that matrices may be
-    padded.
+    padded. Two methods may follow, for several devices that share the long side of one
+    matrix: `factor_split(x, axes)`, called inside `jax.shard_map` with what a device
+    has of the columns, sharded over the named mesh axes; and `split_flops(m, n,
+    devices)`, the operations of each device and how often an m x m matrix is summed
+    over them, or None where it cannot be.
     """
 
     def factor(self, x: jax.Array) -> jax.Array:
@@ -38,15 +43,28 @@ def adjoint(x: jax.Array) -> jax.Array:
     return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
 
 
-def gram(x: jax.Array) -> jax.Array:
-    """Return the Gram matrix of the short side of every matrix of a stack."""
+def gram(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+    """Return the Gram matrix of the short side of every matrix of a stack.
+
+    Where `axes` are given, that of the rows, with the columns sharded over them.
+    """
+    if axes:
+        return jax.lax.psum(matmul(x, adjoint(x)), axes)
     wide = x.shape[-2] <= x.shape[-1]
     return matmul(x, adjoint(x)) if wide else matmul(adjoint(x), x)
 
 
-def times(q: jax.Array, x: jax.Array) -> jax.Array:
+def times(q: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     """Return the product of Q with the short side of X, matrix by matrix."""
-    return matmul(q, x) if x.shape[-2] <= x.shape[-1] else matmul(x, q)
+    wide = axes or x.shape[-2] <= x.shape[-1]
+    return matmul(q, x) if wide else matmul(x, q)
+
+
+def over(
+    axes: tuple[str, ...], reduce: Callable[..., jax.Array], x: jax.Array
+) -> jax.Array:
+    """Return `reduce(x, axes)` over the devices, or `x` where there are no axes."""
+    return reduce(x, axes) if axes else x
 
 
 def rank_tolerance(shape: tuple[int, ...], dtype: jnp.dtype) -> float:

@@ -15,7 +15,7 @@ from orthax.polar._coefficients import (
     checked_table,
     polar_express,
 )
-from orthax.polar._method import adjoint, check_positive_or_none, sides
+from orthax.polar._method import adjoint, check_positive_or_none, over, sides
 
 # Aspect ratio from which the iteration on the small Gram matrix needs fewer
 # operations than the one on the matrix, for any number of restarts.
@@ -133,14 +133,32 @@ class NewtonSchulz:
 
     def flops(self, m: int, n: int) -> float:
         """Return the operations of all products, for one real m x n matrix."""
+        if self._in_gram_space(m, n):
+            return self._gram_flops(m, n, 1)
         short, long = sides(m, n)
         steps = len(self.coefficients)
         squares = len(self.coefficients[0]) - 2
-        if self._in_gram_space(m, n):
-            segments = len(self._segments())
-            small = steps * (squares + 1) + 2 * (steps - segments) - segments
-            return 4.0 * segments * short**2 * long + 2.0 * small * short**3
         return steps * (4.0 * short**2 * long + 2.0 * squares * short**3)
+
+    def factor_split(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        """Return what a device has of the factors of matrices with sharded columns.
+
+        In Gram space, whatever the aspect ratio: one sum over the devices a segment.
+        """
+        return self._gram(x, axes)
+
+    def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int] | None:
+        """Return the operations of each device, and the sums over all of them."""
+        if self.gram is False or not self._gram_is_safe:
+            return None
+        return self._gram_flops(m, n, devices), len(self._segments())
+
+    def _gram_flops(self, m: int, n: int, devices: int) -> float:
+        short, long = sides(m, n)
+        steps, segments = len(self.coefficients), len(self._segments())
+        squares = len(self.coefficients[0]) - 2
+        small = steps * (squares + 1) + 2 * (steps - segments) - segments
+        return 4.0 * segments * short**2 * long / devices + 2.0 * small * short**3
 
     def _in_gram_space(self, m: int, n: int) -> bool:
         if self.gram is not None:
@@ -200,9 +218,11 @@ class NewtonSchulz:
         rows = np.asarray(self.coefficients, jnp.finfo(x.dtype).dtype)
         return jax.lax.scan(step, x, rows)[0]
 
-    def _gram(self, x: jax.Array) -> jax.Array:
+    def _gram(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         for rows in self._segments():
-            x = self._times(self._gram_segment(self._gram_matrix(x), rows), x)
+            r = self._matmul(x, adjoint(x)) if axes else self._gram_matrix(x)
+            q = self._gram_segment(over(axes, jax.lax.psum, r), rows)
+            x = self._matmul(q, x) if axes else self._times(q, x)
         return x
 
     def _gram_segment(self, r: jax.Array, rows: Table) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from orthax.polar._auto import Auto
 from orthax.polar._decompose import eigh
-from orthax.polar._method import PolarMethod, adjoint, matmul, rank_tolerance
+from orthax.polar._method import PolarMethod, adjoint, matmul, over, rank_tolerance
 from orthax.polar._svd import SVD
 
 Function = Callable[[jax.Array], jax.Array]
@@ -116,6 +116,62 @@ def polar_factors(
     return out
 
 
+def split_polar_factors(
+    x: jax.Array, axes: tuple[str, ...], method: PolarMethod = Auto()
+) -> jax.Array:
+    """Return what a device has of polar factors whose columns are sharded.
+
+    For use inside `jax.shard_map`: only the Gram matrices of the rows are summed over
+    the devices.
+
+    Args:
+      x: what this device has of matrices with at most as many rows as columns, shape
+        `(b, m, n / devices)`, any floating or complex dtype.
+      axes: the mesh axes over which the columns are sharded.
+      method: one with `factor_split`, as `polar.NewtonSchulz()` and `polar.DWH()`.
+
+    Returns:
+      The same part of the polar factors, shape and dtype of `x`.
+
+    Raises:
+      TypeError: as `polar_factor`.
+      ValueError: if `method` cannot work on a part of the columns.
+
+    Limits:
+      As those of the method. No derivative of its own: differentiate around it.
+
+    Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> from orthax import polar
+      >>> auto = (jax.sharding.AxisType.Auto,)
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=auto)
+      >>> columns = jax.sharding.PartitionSpec(None, None, "d")
+      >>> split = jax.shard_map(
+      ...     lambda x: polar.split_polar_factors(x, ("d",)),
+      ...     mesh=mesh, in_specs=columns, out_specs=columns, check_vma=False,
+      ... )
+      >>> x = jax.random.normal(jax.random.key(0), (1, 4, 8 * jax.device_count()))
+      >>> bool(jnp.abs(split(x) - polar.polar_factor(x)).max() < 1e-4)
+      True
+
+    References:
+      Dao-AILab: "Gram Newton-Schulz", 2026 (the Gram matrix is all that rows share).
+    """
+    check_method(method)
+    _check_matrices(x)
+
+    def on(platform: str) -> Function:
+        used = method.on(platform, x.dtype) if isinstance(method, Auto) else method
+        if not hasattr(used, "factor_split") or used.split_flops(1, 1, 1) is None:
+            raise ValueError(f"{used} cannot work on a part of the columns.")
+        return lambda x: _factor(x, used, axes)
+
+    work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    out = jax.lax.platform_dependent(work, cpu=on("cpu"), default=on("other"))
+    return out.astype(x.dtype)
+
+
 def _check_matrices(x: jax.Array) -> None:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
@@ -197,14 +253,19 @@ def joining(method: PolarMethod, platform: str) -> dict[str, bool | int | None]:
     return how
 
 
-def _factor(x: jax.Array, method: PolarMethod) -> jax.Array:
+def _factor(x: jax.Array, method: PolarMethod, axes: tuple[str, ...] = ()) -> jax.Array:
+    factor = (
+        functools.partial(method.factor_split, axes=axes) if axes else method.factor
+    )
     if getattr(method, "any_scale", False):
-        return method.factor(x)
-    unit, _, finite = _normalised(x)
-    return jnp.where(finite, method.factor(unit), jnp.nan)
+        return factor(x)
+    unit, _, finite = _normalised(x, axes)
+    return jnp.where(finite, factor(unit), jnp.nan)
 
 
-def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+def _normalised(
+    x: jax.Array, over_axes: tuple[str, ...] = ()
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
     """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
 
     Two divisions, by the largest entry and by the norm of the rest: squares of entries
@@ -217,11 +278,13 @@ def _normalised(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Arr
     if jnp.iscomplexobj(x):
         imaginary = jnp.max(jnp.abs(x.imag), axis=axes, keepdims=True)
         largest = jnp.maximum(largest, imaginary)
+    largest = over(over_axes, jax.lax.pmax, largest)
     finite = jnp.isfinite(largest)
     x = jnp.where(finite, x, 0)
     largest = jax.lax.stop_gradient(jnp.where(finite & (largest > 0), largest, 1))
     x = x / largest
-    norm = jnp.sqrt(jnp.sum(x.real**2 + x.imag**2, axis=axes, keepdims=True))
+    square = jnp.sum(x.real**2 + x.imag**2, axis=axes, keepdims=True)
+    norm = jnp.sqrt(over(over_axes, jax.lax.psum, square))
     norm = jax.lax.stop_gradient(jnp.where(norm > 0, norm, 1))
     return x / norm, (largest, norm), finite
 

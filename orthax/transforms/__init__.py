@@ -4,10 +4,11 @@ from orthax.transforms._component_rms import (
     ScaleByComponentRMSState as ScaleByComponentRMSState,
     scale_by_component_rms as scale_by_component_rms,
 )
-from orthax.transforms._explain import (
+from orthax.transforms._explain import explain as explain
+from orthax.transforms._explanation import (
     Explanation as Explanation,
     Row as Row,
-    explain as explain,
+    Share as Share,
 )
 from orthax.transforms._masked import Hidden as Hidden, masked as masked
 from orthax.transforms._momentum import (

@@ -10,15 +10,18 @@ import optax
 from orthax import components
 from orthax.transforms._masked import Hidden
 
+Axes = tuple[int, ...]
+
 
 class ScaleByComponentRMSState(NamedTuple):
     """State of `scale_by_component_rms`.
 
     Attributes:
       nu: for every leaf that is cut, the running means of the squared entries of all
-        its components, one float32 vector, stack after stack; for other leaves an
-        `optax.MaskedNode`. A tree like the parameters: NNX puts each of its leaves
-        into a variable of its own.
+        its components, in float32: a leaf like the parameter with rows of length one,
+        sharded like it, or where one kernel makes several matrices a vector, stack
+        after stack; for other leaves an `optax.MaskedNode`. A tree like the parameters:
+        NNX puts each of its leaves into a variable of its own.
     """
 
     nu: Any
@@ -75,9 +78,7 @@ def scale_by_component_rms(
 
     def init(params: optax.Params) -> ScaleByComponentRMSState:
         nu = [
-            jnp.zeros(sum(b * n for b, _, n in _shapes(leaf)), jnp.float32)
-            if leaf.cut
-            else Hidden()
+            _zeros(leaf) if leaf.cut else Hidden()
             for leaf in components.resolve(params, rule)
         ]
         return ScaleByComponentRMSState(
@@ -90,38 +91,55 @@ def scale_by_component_rms(
         values, moments = [], []
         leaves = components.resolve(updates, rule)
         for leaf, nu in zip(leaves, structure.flatten_up_to(state.nu), strict=True):
-            if leaf.cut is None:
-                values.append(leaf.value)
-                moments.append(nu)
-                continue
-            stacks = leaf.cut.fold(jnp.asarray(leaf.value))
-            sizes = [b * n for b, _, n in _shapes(leaf)]
-            parts = jnp.split(nu, list(itertools.accumulate(sizes))[:-1])
-            done = [
-                _equalised(x, v.reshape(len(x), 1, -1), b2, eps)
-                for x, v in zip(stacks, parts, strict=True)
-            ]
-            values.append(leaf.cut.unfold([x for x, _ in done], leaf.value.shape))
-            moments.append(jnp.concatenate([v.ravel() for _, v in done]))
+            x = leaf.value
+            if leaf.cut:
+                x, nu = _equalised(jnp.asarray(x), nu, leaf.cut, b2, eps)
+            values.append(x)
+            moments.append(nu)
         nu = jax.tree.unflatten(structure, moments)
         return jax.tree.unflatten(structure, values), ScaleByComponentRMSState(nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _shapes(leaf: components.Leaf) -> tuple[tuple[int, int, int], ...]:
-    return leaf.cut.matrices(leaf.value.shape)
+def _zeros(leaf: components.Leaf) -> jax.Array:
+    if leaf.cut.is_whole:
+        # A sum, and not zeros of its shape: it lies on the devices as the leaf does.
+        zeros = jnp.zeros_like(leaf.value, dtype=jnp.float32)
+        return jnp.sum(zeros, axis=leaf.cut.rows, keepdims=True)
+    shapes = leaf.cut.matrices(leaf.value.shape)
+    return jnp.zeros(sum(b * n for b, _, n in shapes), jnp.float32)
 
 
 def _equalised(
-    x: jax.Array, v: jax.Array, b2: float, eps: float
+    x: jax.Array, nu: jax.Array, cut: components.Matricisation, b2: float, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    if cut.is_whole:
+        return _divided(x, nu, cut.rows, cut.columns, b2, eps)
+
+    def on_stacks(x: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
+        stacks = cut.fold(x)
+        ends = itertools.accumulate(len(s) * s.shape[2] for s in stacks)
+        parts = jnp.split(nu, list(ends)[:-1])
+        done = [
+            _divided(s, v.reshape(len(s), 1, -1), (1,), (2,), b2, eps)
+            for s, v in zip(stacks, parts, strict=True)
+        ]
+        out = cut.unfold([s for s, _ in done], x.shape)
+        return out, jnp.concatenate([v.ravel() for _, v in done])
+
+    return components.by_compiler(on_stacks, (x, nu))(x, nu)
+
+
+def _divided(
+    x: jax.Array, v: jax.Array, rows: Axes, columns: Axes, b2: float, eps: float
 ) -> tuple[jax.Array, jax.Array]:
     work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = jnp.mean(jnp.abs(work) ** 2, axis=-2, keepdims=True)
+    entries = work.real**2 + work.imag**2
+    square = jnp.mean(entries, axis=rows, keepdims=True)
     v = (b2 * v + (1 - b2) * square).astype(v.dtype)
     out = work / (jnp.sqrt(v) + eps)
-    before, after = (
-        jnp.linalg.norm(y, axis=(-2, -1), keepdims=True) for y in (work, out)
-    )
-    out = out * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 0)
-    return out.astype(x.dtype), v
+    before = jnp.sum(entries, axis=rows + columns, keepdims=True)
+    after = jnp.sum(out.real**2 + out.imag**2, axis=rows + columns, keepdims=True)
+    ratio = jnp.sqrt(before / jnp.where(after > 0, after, 1))
+    return (out * jnp.where(after > 0, ratio, 0)).astype(x.dtype), v

@@ -1,106 +1,13 @@
 """What will happen to every leaf of a tree, and why, and what it will cost."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from orthax import components, polar
-
-
-class Row(NamedTuple):
-    """What happens to one leaf.
-
-    Attributes:
-      path: the path of the leaf, joined by `"/"`.
-      shape: its shape.
-      rows: the axes of the parameters (fan-in), or None if the leaf is left alone.
-      columns: the axes of the components (fan-out), or None.
-      batch: all other axes, or None.
-      matrices: shapes `(b, m, n)` of the stacks that it makes.
-      reason: why.
-      guess: whether the rule fell back on the rank alone: worth a look.
-      error: the message that `orthogonalise` would raise for this leaf, or None.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    rows: tuple[int, ...] | None
-    columns: tuple[int, ...] | None
-    batch: tuple[int, ...] | None
-    matrices: tuple[tuple[int, int, int], ...]
-    reason: str
-    guess: bool
-    error: str | None
-
-
-class Stack(NamedTuple):
-    """Matrices that are worked on together in one update.
-
-    Attributes:
-      shape: `(b, m, n)` of the stack, `m <= n` where tall ones are turned to join it.
-      paths: the leaves that have matrices in it.
-      dtype: what it is worked on in.
-      at_once: how many of them, at most; the others wait for their turn.
-      flops: operations of one update, floating-point multiplications and additions.
-      bytes: size of all of them.
-    """
-
-    shape: tuple[int, int, int]
-    paths: tuple[str, ...]
-    dtype: str
-    at_once: int
-    flops: float
-    bytes: int
-
-
-class Explanation(NamedTuple):
-    """What `explain` found; prints as tables.
-
-    Attributes:
-      rows: one for each leaf.
-      stacks: one for each stack of matrices that are worked on together.
-      method: the method that works on them.
-      platform: where.
-    """
-
-    rows: tuple[Row, ...]
-    stacks: tuple[Stack, ...]
-    method: polar.PolarMethod
-    platform: str
-
-    def __str__(self) -> str:
-        """Return two tables: a line for each leaf, and a line for each stack."""
-        table = [("leaf", "shape", "rows", "columns", "batch", "matrices", "why")]
-        lines = _aligned([*table, *map(_cells, self.rows)])
-        errors = [row.error for row in self.rows if row.error]
-        return "\n".join([*lines, "", self._summary(), *errors, *self._cost()])
-
-    __repr__ = __str__
-
-    def _summary(self) -> str:
-        cut = [row for row in self.rows if row.matrices]
-        count = sum(b for row in cut for b, _, _ in row.matrices)
-        guesses = sum(row.guess for row in self.rows)
-        errors = sum(row.error is not None for row in self.rows)
-        text = f"{len(cut)} of {len(self.rows)} leaves cut into {count} matrices"
-        if guesses:
-            text += f"; {guesses} by a guess (marked ?)"
-        if errors:
-            text += f"; {errors} AMBIGUOUS, which raises:"
-        return text + ("" if errors else ".")
-
-    def _cost(self) -> list[str]:
-        if not self.stacks:
-            return []
-        table = [("stack", "at once", "leaves", "dtype", "MFLOP", "MiB")]
-        for s in self.stacks:
-            counts = str(s.at_once), str(len(s.paths))
-            table.append((_stack_text(s.shape), *counts, s.dtype, *_amounts([s])))
-        table.append(("one update", "", "", "", *_amounts(self.stacks)))
-        title = f"Worked on together on {self.platform} by {self.method}:"
-        return ["", title, "", *_aligned(table)]
+from orthax.transforms._explanation import Explanation, Row, Share, Stack
 
 
 def explain(
@@ -110,6 +17,7 @@ def explain(
     method: polar.PolarMethod = polar.Auto(),
     stacking: components.Stacking = components.Stacking(),
     platform: str | None = None,
+    shardings: Any = None,
 ) -> Explanation:
     """Say what will happen to every leaf of a tree, and why, and what it will cost.
 
@@ -119,16 +27,21 @@ def explain(
       method: how polar factors are computed.
       stacking: how equal matrices are worked on together.
       platform: where: `"cpu"`, `"gpu"`, `"tpu"`; default: where JAX computes now.
+      shardings: a tree like `params` of `jax.NamedSharding`s, also ones over a
+        `jax.sharding.AbstractMesh` of devices that are not there; default: those of
+        `params`.
 
     Returns:
       A row for each leaf, and one for each stack that `orthogonalise` would make of
-      them; prints as two tables. A leaf that the rule cannot decide is a row with the
-      error that `orthogonalise` would raise. Operations are counted by the method, at
-      most so many where it decides at run time.
+      them on one device, or for each way in which it would divide them among the
+      devices of a mesh; prints as two tables. A leaf that the rule cannot decide is a
+      row with the error that `orthogonalise` would raise. Operations are counted by
+      the method, at most so many where it decides at run time.
 
     Raises:
       TypeError: if `rule` or `method` is none or a leaf is no array.
-      ValueError: if `stacking.max_bytes` is smaller than one matrix.
+      ValueError: if `stacking.max_bytes` is smaller than one matrix, or if shardings
+        are on different meshes or do not fit their leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -166,7 +79,48 @@ def explain(
     how.pop("in_turn", None)
     groups = stacking.groups([stack for _, stack in stacks], **how)
     found = tuple(_stack(group, stacks, method) for group in groups)
-    return Explanation(rows, found, method, platform)
+    if shardings is None:
+        lie = [getattr(leaf.value, "sharding", None) for leaf in leaves]
+    else:
+        lie = jax.tree.structure(params).flatten_up_to(shardings)
+    shares = tuple(_shares(leaves, lie, method, stacking))
+    return Explanation(rows, found, shares, method, platform)
+
+
+def _shares(
+    leaves: Sequence[Any],
+    shardings: Sequence[Any],
+    method: polar.PolarMethod,
+    stacking: components.Stacking,
+) -> Iterator[Share]:
+    """Yield how the leaves that are cut are divided among the devices of a mesh."""
+    cut = [
+        (components.Leaf(leaf.path, leaf.value, leaf.decision.cut), sharding)
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+        if leaf.decision and leaf.decision.cut
+    ]
+    plans = stacking.divisions(
+        [leaf for leaf, _ in cut],
+        [sharding for _, sharding in cut],
+        flops=method.flops,
+        split_flops=getattr(method, "split_flops", None),
+    )
+    for plan in plans:
+        members = [cut[i][0] for i in plan.members]
+        counts: dict[tuple[int, int], int] = {}
+        for leaf in members:
+            for b, m, n in leaf.cut.matrices(leaf.value.shape):
+                counts[m, n] = counts.get((m, n), 0) + b
+        yield Share(
+            plan.kind,
+            tuple(leaf.path for leaf in members),
+            tuple((b, m, n) for (m, n), b in counts.items()),
+            plan.exchanged + plan.divided,
+            plan.collectives,
+            plan.bytes,
+            plan.flops,
+            plan.seconds,
+        )
 
 
 def _stack(
@@ -184,26 +138,6 @@ def _stack(
         b * method.flops(m, n),
         b * m * n * dtype.itemsize,
     )
-
-
-def _amounts(stacks: Sequence[Stack]) -> tuple[str, str]:
-    flops = sum(stack.flops for stack in stacks)
-    return f"{flops / 1e6:.3g}", f"{sum(stack.bytes for stack in stacks) / 2**20:.3g}"
-
-
-def _stack_text(shape: tuple[int, int, int]) -> str:
-    b, m, n = shape
-    return f"{b} x ({m} x {n})"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
-        for line in table
-    ]
 
 
 def _row(leaf: Any) -> Row:
@@ -226,21 +160,4 @@ def _row(leaf: Any) -> Row:
         reason,
         guess,
         None,
-    )
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    def axes(part: tuple[int, ...] | None) -> str:
-        return ",".join(map(str, part)) if part else "-"
-
-    matrices = " + ".join(map(_stack_text, row.matrices))
-    reason = f"? {row.reason}" if row.guess else row.reason
-    return (
-        row.path or "(root)",
-        str(row.shape),
-        axes(row.rows),
-        axes(row.columns),
-        axes(row.batch),
-        matrices or "-",
-        reason,
     )

@@ -1,7 +1,6 @@
 """Give an update the size of its input back, which orthogonalising discards."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +8,18 @@ import optax
 
 from orthax import components
 
+Axes = tuple[int, ...]
+
 
 @dataclasses.dataclass(frozen=True)
 class OriginalNorm:
     """Give the update the Frobenius norm of its input, matrix by matrix."""
 
-    def factor(self, before: jax.Array, after: jax.Array) -> jax.Array:
-        """Return one factor for each matrix of a stack, `(b, 1, 1)`."""
-        norm = _frobenius(after)
-        return jnp.where(norm > 0, _frobenius(before) / jnp.where(norm > 0, norm, 1), 1)
+    def factor(self, before: jax.Array, after: jax.Array, axes: Axes) -> jax.Array:
+        """Return one factor for each matrix, whose axes are given and are kept."""
+        norm = _frobenius(after, axes)
+        ratio = _frobenius(before, axes) / jnp.where(norm > 0, norm, 1)
+        return jnp.where(norm > 0, ratio, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,10 @@ class NuclearNorm:
       2409.20325, Proposition 5.
     """
 
-    def factor(self, before: jax.Array, after: jax.Array) -> jax.Array:
-        """Return one factor for each matrix of a stack, `(b, 1, 1)`."""
+    def factor(self, before: jax.Array, after: jax.Array, axes: Axes) -> jax.Array:
+        """Return one factor for each matrix, whose axes are given and are kept."""
         inner = before.real * after.real + before.imag * after.imag
-        return jnp.sum(inner, axis=(-2, -1), keepdims=True)
+        return jnp.sum(inner, axis=axes, keepdims=True)
 
 
 def restore_norm(
@@ -87,15 +89,10 @@ def restore_norm(
         )
     inner = optax.with_extra_args_support(inner)
 
-    def restored(before: components.Leaf, after: Any) -> jax.Array:
-        stacks = []
-        for x, y in zip(
-            before.cut.fold(before.value), before.cut.fold(after), strict=True
-        ):
-            work = jnp.promote_types(y.dtype, jnp.float32)
-            factor = norm.factor(x.astype(work), y.astype(work))
-            stacks.append((factor * y).astype(y.dtype))
-        return before.cut.unfold(stacks, after.shape)
+    def restored(rows: Axes, columns: Axes, x: jax.Array, y: jax.Array) -> jax.Array:
+        work = jnp.promote_types(y.dtype, jnp.float32)
+        factor = norm.factor(x.astype(work), y.astype(work), rows + columns)
+        return (factor * y).astype(y.dtype)
 
     def init(params):
         components.resolve(params, rule)
@@ -104,7 +101,9 @@ def restore_norm(
     def update(updates, state, params=None, **extra_args):
         after, state = inner.update(updates, state, params, **extra_args)
         values = [
-            restored(leaf, y) if leaf.cut else y
+            components.along_axes(restored, leaf.cut, jnp.asarray(leaf.value), y)
+            if leaf.cut
+            else y
             for leaf, y in zip(
                 components.resolve(updates, rule), jax.tree.leaves(after), strict=True
             )
@@ -114,5 +113,5 @@ def restore_norm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _frobenius(x: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+def _frobenius(x: jax.Array, axes: Axes) -> jax.Array:
+    return jnp.sqrt(jnp.sum(x.real**2 + x.imag**2, axis=axes, keepdims=True))

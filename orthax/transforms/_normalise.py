@@ -42,7 +42,7 @@ def normalise(
     References:
       Tuddenham et al. 2022, arXiv 2202.07052, Section 3.1 (N-SGDM).
     """
-    return _divided((-2, -1), rule, safe)
+    return _divided(rule, safe, each_component=False)
 
 
 def normalise_components(
@@ -82,26 +82,37 @@ def normalise_components(
     References:
       Tuddenham et al. 2022, arXiv 2202.07052, Section 3.1 and Table 4 (CN-SGDM).
     """
-    return _divided(-2, rule, safe)
+    return _divided(rule, safe, each_component=True)
 
 
 def _divided(
-    axis: int | tuple[int, int], rule: components.Rule, safe: bool
+    rule: components.Rule, safe: bool, *, each_component: bool
 ) -> optax.GradientTransformationExtraArgs:
     components.check_rule(rule)
 
-    def divide(x: jax.Array) -> jax.Array:
+    def divide(
+        rows: tuple[int, ...], columns: tuple[int, ...], x: jax.Array
+    ) -> jax.Array:
+        axes = rows if each_component else rows + columns
         work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if safe:
             # First by the largest entry: squares of small entries would vanish.
-            largest = jnp.max(jnp.abs(work), axis=axis, keepdims=True)
+            largest = jnp.max(jnp.abs(work), axis=axes, keepdims=True)
             work = work / jnp.where(largest == 0, 1, largest)
-        norm = jnp.linalg.norm(work, axis=axis, keepdims=True)
+        square = jnp.sum(work.real**2 + work.imag**2, axis=axes, keepdims=True)
+        norm = jnp.sqrt(square)
         return (work / (jnp.where(norm == 0, 1, norm) if safe else norm)).astype(
             x.dtype
         )
 
     def update(updates: optax.Updates) -> optax.Updates:
-        return components.map_matrices(divide, updates, rule)
+        leaves = components.resolve(updates, rule)
+        values = [
+            components.along_axes(divide, leaf.cut, jnp.asarray(leaf.value))
+            if leaf.cut
+            else leaf.value
+            for leaf in leaves
+        ]
+        return jax.tree.unflatten(jax.tree.structure(updates), values)
 
     return stateless(update, rule)

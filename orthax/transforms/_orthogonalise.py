@@ -68,7 +68,21 @@ def orthogonalise(
     def factors(stacks: list[jax.Array]) -> list[jax.Array]:
         return polar.polar_factors(stacks, method, stacking.each)
 
+    def share(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        return polar.split_polar_factors(x, axes, method)
+
+    split = None
+    if hasattr(method, "split_flops"):
+        split = components.Split(share, method.split_flops)
+
     def update(updates: optax.Updates) -> optax.Updates:
-        return components.map_stacks(factors, updates, rule)
+        return components.map_stacks(
+            factors,
+            updates,
+            rule,
+            stacking=stacking,
+            flops=method.flops,
+            split=split,
+        )
 
     return stateless(update, rule)

@@ -162,9 +162,16 @@ def scale_by_shape(
     def scaled(leaf: components.Leaf) -> jax.Array:
         x, cut = jnp.asarray(leaf.value), leaf.cut
         taps = cut.taps(x.shape)
-        # A Python number, which leaves the dtype alone, as numpy's would not.
-        stacks = [s * float(scale.factor(*s.shape[1:], taps)) for s in cut.fold(x)]
-        return cut.unfold(stacks, x.shape)
+        # Python numbers, which leave the dtype alone, as numpy's would not.
+        factors = [float(scale.factor(m, n, taps)) for _, m, n in cut.matrices(x.shape)]
+        if len(set(factors)) == 1:
+            return x * factors[0]
+
+        def each(x: jax.Array) -> tuple[jax.Array, ...]:
+            stacks = zip(cut.fold(x), factors, strict=True)
+            return (cut.unfold([s * factor for s, factor in stacks], x.shape),)
+
+        return components.by_compiler(each, [x])(x)[0]
 
     def update(updates: optax.Updates) -> optax.Updates:
         leaves = components.resolve(updates, rule)

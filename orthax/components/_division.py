@@ -1,0 +1,245 @@
+"""Which device works on which matrices: decided before anything is moved."""
+
+import heapq
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from orthax.components._costs import Costs
+from orthax.components._layout import Axes, Layout
+
+# For every device, of which lots it works on how many units.
+Turns = tuple[tuple[tuple[int, int], ...], ...]
+
+# Share of padding from which units of different shapes are looked at together, and the
+# share of time that something other than the plain plan must save.
+_WASTE = 0.25
+_GAIN = 0.1
+
+# All-reduces of single numbers where devices share a matrix: its largest entry, and its
+# norm or what is decided by it.
+_NUMBERS = 2
+
+
+class Division(NamedTuple):
+    """Leaves whose matrices are divided among the devices in one way.
+
+    Attributes:
+      kind: `"local"`: every device works on the matrices that it has, whole. `"stack"`:
+        matrices of one shape, each device as many. `"spread"`: of several shapes, each
+        device its own. `"split"`: every device a part of the long side of each.
+      members: the leaves, by their place in the list.
+      exchanged: mesh axes over which their matrices are sharded.
+      divided: mesh axes over which the leaves are not sharded, but the work is.
+      turns: which units each device works on, in order; `"spread"` alone.
+      flops: operations of the busiest device, padding included.
+      bytes: what a device sends, at most.
+      collectives: what they are called, as often as they are used.
+      seconds: time by the `Machine` of the `Stacking`.
+    """
+
+    kind: str
+    members: tuple[int, ...]
+    exchanged: Axes
+    divided: Axes
+    turns: Turns
+    flops: float
+    bytes: int
+    collectives: tuple[str, ...]
+    seconds: float
+
+
+class _Lot(NamedTuple):
+    """Leaves of one shape, layout and cut: units that are alike."""
+
+    members: tuple[int, ...]
+    layout: Layout
+    count: int
+    flops: float
+
+    @property
+    def bytes(self) -> int:
+        """Size of what a device has of one unit."""
+        return math.prod(self.layout.tile) * self.layout.dtype.itemsize
+
+
+def divided(layouts: Sequence[Layout], costs: Costs) -> list[Division]:
+    """Return the plan for every leaf: which devices work on what.
+
+    Leaves of equal shape, dtype, cut and sharding are one stack. Where matrices are
+    sharded, an all-to-all brings whole ones together and another one brings them back.
+    Where leaves are replicated, every device works on all of them, or on its share with
+    an all-gather at the end, whichever takes less time by the costs.
+    """
+    pools: dict[tuple[Any, ...], list[_Lot]] = {}
+    for lot in _lots(layouts, costs):
+        layout = lot.layout
+        alike = layout.exchanged, layout.replicated, layout.dtype
+        pools.setdefault(alike, []).append(lot)
+    plans = [plan for pool in pools.values() for plan in _pooled(pool, costs)]
+    return sorted(plans, key=lambda plan: plan.members)
+
+
+def _lots(layouts: Sequence[Layout], costs: Costs) -> list[_Lot]:
+    alike: dict[Layout, list[int]] = {}
+    for i, layout in enumerate(layouts):
+        alike.setdefault(layout, []).append(i)
+    lots = []
+    for layout, members in alike.items():
+        matrices = layout.unit.matrices((1, *layout.whole))
+        flops = sum(b * costs.flops(m, n) for b, m, n in matrices)
+        count = len(members) * layout.count
+        lots.append(_Lot(tuple(members), layout, count, flops))
+    return lots
+
+
+def _stacked(lot: _Lot, costs: Costs) -> Division:
+    """Return the best plan that gives every device whole units of one shape."""
+    layout, exchanged = lot.layout, lot.layout.exchanged
+    plans = []
+    for divided in _choices(layout, costs):
+        devices = layout.parts(exchanged + divided)
+        share = -(-lot.count // devices)
+        padded = share * devices * lot.bytes
+        moved = _moved(layout, exchanged, divided, padded)
+        kind = "stack" if exchanged or divided else "local"
+        work = share * lot.flops
+        plans.append(_plan(kind, [lot], divided, work, moved, costs))
+    return min(plans, key=_seconds)
+
+
+def _choices(layout: Layout, costs: Costs) -> list[Axes]:
+    """Return which replicated mesh axes the work may be divided over."""
+    free = tuple(n for n in layout.replicated if layout.parts((n,)) > 1)
+    if costs.axes is not None:
+        return [tuple(name for name in free if name in costs.axes)]
+    return [(), *((name,) for name in free), *([free] if len(free) > 1 else [])]
+
+
+def _moved(
+    layout: Layout, exchanged: Axes, divided: Axes, padded: int
+) -> tuple[int, tuple[str, ...]]:
+    """Return the bytes that a device sends, and the collectives, of a whole exchange.
+
+    `padded` is the size of what it has of all units, as many as the devices need.
+    """
+    p, z = layout.parts(exchanged), layout.parts(divided)
+    sent, names = 0, ()
+    if p > 1:
+        sent += 2 * (padded // z) * (p - 1) // p
+        names += ("all-to-all", "all-to-all")
+    if z > 1:
+        sent += (padded // z) * (z - 1)
+        names += ("all-gather",)
+    return sent, names
+
+
+def _split(lot: _Lot, costs: Costs) -> list[Division]:
+    """Return the plans in which devices share the long side of every matrix."""
+    layout = lot.layout
+    sharded = [i for i in layout.short if layout.spec[i]]
+    if costs.split is None or not layout.cut.is_whole or len(sharded) > 1:
+        return []
+    m, n = (math.prod(layout.shape[i] for i in s) for s in (layout.short, layout.long))
+    plans = []
+    for divided in _choices(layout, costs):
+        devices = layout.parts(layout.exchanged + divided)
+        shared = costs.split.flops(m, n, devices) if devices > 1 else None
+        if shared is None or n % devices:
+            continue
+        each, sums = shared
+        moved = _moved(layout, layout.on(layout.short), divided, lot.count * lot.bytes)
+        gram = m * m * max(4, layout.dtype.itemsize)
+        sent = 2 * lot.count * sums * gram * (devices - 1) // devices
+        moved = moved[0] + sent, (*moved[1], *["all-reduce"] * (sums + _NUMBERS))
+        plans.append(_plan("split", [lot], divided, lot.count * each, moved, costs))
+    return plans
+
+
+def _pooled(pool: Sequence[_Lot], costs: Costs) -> list[Division]:
+    """Return the plans for lots on the same mesh axes.
+
+    The largest matrices may be shared by all devices, and lots that do not fill the
+    devices may go together, where that saves time over a stack for each lot.
+    """
+    pool = sorted(pool, key=lambda lot: -lot.flops)
+    stacked = [_stacked(lot, costs) for lot in pool]
+    shared = [min(_split(lot, costs), key=_seconds, default=None) for lot in pool]
+    best, least = stacked, sum(map(_seconds, stacked))
+    for first in range(len(pool) + 1):
+        # Those before `first` are shared, where they can be.
+        kept = [i for i in range(len(pool)) if i >= first or shared[i] is None]
+        split = [shared[i] for i in range(first) if shared[i] is not None]
+        lots, alone = [pool[i] for i in kept], [stacked[i] for i in kept]
+        for plans in (alone, *_spread(lots, alone, costs)):
+            seconds = sum(map(_seconds, [*split, *plans]))
+            if seconds * (1 + _GAIN) < least:
+                best, least = [*split, *plans], seconds
+    return best
+
+
+def _seconds(plan: Division) -> float:
+    return plan.seconds
+
+
+def _spread(
+    lots: Sequence[_Lot], stacked: Sequence[Division], costs: Costs
+) -> Iterator[list[Division]]:
+    """Yield the plans in which lots that do not fill the devices go together."""
+    for divided in _choices(lots[0].layout, costs) if lots else []:
+        devices = lots[0].layout.parts(lots[0].layout.exchanged + divided)
+        few, rest = [], []
+        for lot, plan in zip(lots, stacked, strict=True):
+            padded = -(-lot.count // devices) * devices
+            if padded > (1 + _WASTE) * lot.count:
+                few.append(lot)
+            else:
+                rest.append(plan)
+        if len(few) > 1:
+            yield [*rest, _together(few, divided, costs)]
+
+
+def _together(lots: Sequence[_Lot], divided: Axes, costs: Costs) -> Division:
+    """Return the plan that gives every device units of its own shapes."""
+    layout = lots[0].layout
+    exchanged = layout.exchanged
+    devices = layout.parts(exchanged + divided)
+    turns, busiest = _assigned(lots, devices)
+    longest = max(sum(n * lots[g].bytes for g, n in turn) for turn in turns)
+    moved = _moved(layout, exchanged, divided, devices * longest)
+    return _plan("spread", lots, divided, busiest, moved, costs, turns)
+
+
+def _plan(
+    kind: str,
+    lots: Sequence[_Lot],
+    divided: Axes,
+    flops: float,
+    moved: tuple[int, tuple[str, ...]],
+    costs: Costs,
+    turns: Turns = (),
+) -> Division:
+    members = tuple(i for lot in lots for i in lot.members)
+    exchanged = lots[0].layout.exchanged
+    sent, names = moved
+    seconds = costs.seconds(flops, sent, len(names))
+    return Division(
+        kind, members, exchanged, divided, turns, flops, sent, names, seconds
+    )
+
+
+def _assigned(lots: Sequence[_Lot], devices: int) -> tuple[Turns, float]:
+    """Give every unit, the costly ones first, to the device that has the least to do.
+
+    Graham: "Bounds on multiprocessing timing anomalies", 1969, Theorem 2: within 4/3 of
+    the best.
+    """
+    loads = [(0.0, device) for device in range(devices)]
+    counts: list[dict[int, int]] = [{} for _ in range(devices)]
+    for g in sorted(range(len(lots)), key=lambda g: -lots[g].flops):
+        for _ in range(lots[g].count):
+            load, device = heapq.heappop(loads)
+            counts[device][g] = counts[device].get(g, 0) + 1
+            heapq.heappush(loads, (load + lots[g].flops, device))
+    turns = tuple(tuple(count.items()) for count in counts)
+    return turns, max(load for load, _ in loads)

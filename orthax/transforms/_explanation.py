@@ -1,0 +1,200 @@
+"""What an explanation holds, and how it prints."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from orthax import polar
+
+# Most shapes of matrices that one line of a table lists.
+_SHOWN = 2
+
+
+class Row(NamedTuple):
+    """What happens to one leaf.
+
+    Attributes:
+      path: the path of the leaf, joined by `"/"`.
+      shape: its shape.
+      rows: the axes of the parameters (fan-in), or None if the leaf is left alone.
+      columns: the axes of the components (fan-out), or None.
+      batch: all other axes, or None.
+      matrices: shapes `(b, m, n)` of the stacks that it makes.
+      reason: why.
+      guess: whether the rule fell back on the rank alone: worth a look.
+      error: the message that `orthogonalise` would raise for this leaf, or None.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    rows: tuple[int, ...] | None
+    columns: tuple[int, ...] | None
+    batch: tuple[int, ...] | None
+    matrices: tuple[tuple[int, int, int], ...]
+    reason: str
+    guess: bool
+    error: str | None
+
+
+class Stack(NamedTuple):
+    """Matrices that are worked on together in one update.
+
+    Attributes:
+      shape: `(b, m, n)` of the stack, `m <= n` where tall ones are turned to join it.
+      paths: the leaves that have matrices in it.
+      dtype: what it is worked on in.
+      at_once: how many of them, at most; the others wait for their turn.
+      flops: operations of one update, floating-point multiplications and additions.
+      bytes: size of all of them.
+    """
+
+    shape: tuple[int, int, int]
+    paths: tuple[str, ...]
+    dtype: str
+    at_once: int
+    flops: float
+    bytes: int
+
+
+class Share(NamedTuple):
+    """Leaves whose matrices are divided among devices in one way.
+
+    Attributes:
+      plan: `"local"`, `"stack"`, `"spread"` or `"split"`: see `components.Division`.
+      paths: the leaves.
+      shapes: shapes `(b, m, n)` of their matrices, all together.
+      axes: mesh axes over which the work is divided.
+      collectives: what an update calls for them, in order.
+      bytes: what one device sends in an update.
+      flops: operations of the busiest device, padding included.
+      seconds: on the `components.Machine` of the stacking, nothing overlapping.
+    """
+
+    plan: str
+    paths: tuple[str, ...]
+    shapes: tuple[tuple[int, int, int], ...]
+    axes: tuple[str, ...]
+    collectives: tuple[str, ...]
+    bytes: int
+    flops: float
+    seconds: float
+
+
+class Explanation(NamedTuple):
+    """What `explain` found; prints as tables.
+
+    Attributes:
+      rows: one for each leaf.
+      stacks: one for each stack of matrices that are worked on together, on one device.
+      shares: one for each way in which leaves on a mesh are divided among its devices;
+        empty where there is no mesh.
+      method: the method that works on them.
+      platform: where.
+    """
+
+    rows: tuple[Row, ...]
+    stacks: tuple[Stack, ...]
+    shares: tuple[Share, ...]
+    method: polar.PolarMethod
+    platform: str
+
+    def __str__(self) -> str:
+        """Return tables: a line for each leaf, and one for each stack or share."""
+        table = [("leaf", "shape", "rows", "columns", "batch", "matrices", "why")]
+        lines = _aligned([*table, *map(_cells, self.rows)])
+        errors = [row.error for row in self.rows if row.error]
+        return "\n".join([*lines, "", self._summary(), *errors, *self._cost()])
+
+    __repr__ = __str__
+
+    def _summary(self) -> str:
+        cut = [row for row in self.rows if row.matrices]
+        count = sum(b for row in cut for b, _, _ in row.matrices)
+        guesses = sum(row.guess for row in self.rows)
+        errors = sum(row.error is not None for row in self.rows)
+        text = f"{len(cut)} of {len(self.rows)} leaves cut into {count} matrices"
+        if guesses:
+            text += f"; {guesses} by a guess (marked ?)"
+        if errors:
+            text += f"; {errors} AMBIGUOUS, which raises:"
+        return text + ("" if errors else ".")
+
+    def _cost(self) -> list[str]:
+        if self.shares:
+            return self._devices()
+        if not self.stacks:
+            return []
+        table = [("stack", "at once", "leaves", "dtype", "MFLOP", "MiB")]
+        for s in self.stacks:
+            counts = str(s.at_once), str(len(s.paths))
+            table.append((_stack_text(s.shape), *counts, s.dtype, *_amounts([s])))
+        table.append(("one update", "", "", "", *_amounts(self.stacks)))
+        title = f"Worked on together on {self.platform} by {self.method}:"
+        return ["", title, "", *_aligned(table)]
+
+    def _devices(self) -> list[str]:
+        head = "plan", "leaves", "matrices", "over", "collectives", "MiB sent", "MFLOP"
+        table = [head, *map(_share_cells, self.shares)]
+        sent, flops = (sum(s[i] for s in self.shares) for i in (-3, -2))
+        count = sum(len(s.collectives) for s in self.shares)
+        total = f"{sent / 2**20:.3g}", f"{flops / 1e6:.3g}"
+        table.append(("one update", "", "", "", str(count), *total))
+        title = f"Divided among devices, on each at most, by {self.method}:"
+        return ["", title, "", *_aligned(table)]
+
+
+def _amounts(stacks: Sequence[Stack]) -> tuple[str, str]:
+    flops = sum(stack.flops for stack in stacks)
+    return f"{flops / 1e6:.3g}", f"{sum(stack.bytes for stack in stacks) / 2**20:.3g}"
+
+
+def _share_cells(share: Share) -> tuple[str, ...]:
+    calls = dict.fromkeys(share.collectives)
+    return (
+        share.plan,
+        str(len(share.paths)),
+        _shapes_text(share.shapes),
+        ", ".join(share.axes) or "-",
+        ", ".join(f"{share.collectives.count(name)} {name}" for name in calls) or "-",
+        f"{share.bytes / 2**20:.3g}",
+        f"{share.flops / 1e6:.3g}",
+    )
+
+
+def _shapes_text(shapes: Sequence[tuple[int, int, int]]) -> str:
+    if len(shapes) <= _SHOWN:
+        return " + ".join(map(_stack_text, shapes))
+    count = sum(b for b, _, _ in shapes)
+    _, m, n = max(shapes, key=lambda shape: shape[1] * shape[2])
+    return f"{count} of {len(shapes)} shapes up to ({m} x {n})"
+
+
+def _stack_text(shape: tuple[int, int, int]) -> str:
+    b, m, n = shape
+    return f"{b} x ({m} x {n})"
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in table
+    ]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    def axes(part: tuple[int, ...] | None) -> str:
+        return ",".join(map(str, part)) if part else "-"
+
+    matrices = " + ".join(map(_stack_text, row.matrices))
+    reason = f"? {row.reason}" if row.guess else row.reason
+    return (
+        row.path or "(root)",
+        str(row.shape),
+        axes(row.rows),
+        axes(row.columns),
+        axes(row.batch),
+        matrices or "-",
+        reason,
+    )

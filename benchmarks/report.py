@@ -8,11 +8,12 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from benchmarks import plots, polar, speed, step, summary, tables, training
+from benchmarks import plots, polar, sharded, speed, step, summary, tables, training
 
 KEYS = {
     "polar": polar.KEY,
     "step": step.KEY,
+    "sharded": sharded.KEY,
     "speed": speed.KEY,
     "training": training.KEY,
 }
@@ -33,6 +34,7 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         "summary": summary.markdown(results),
         "plots": plots.markdown(results),
         "step": tables.by_device(rows["step"], step.markdown),
+        "sharded": sharded.report(rows["sharded"]),
         "speed": speed.report(rows["speed"]),
         "training": training.report(rows["training"]),
         "polar": tables.by_device(rows["polar"], polar.markdown),

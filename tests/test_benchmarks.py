@@ -32,7 +32,7 @@ from benchmarks import (
 from orthax import components, polar
 
 RULE = components.ByName(stacked=("experts",))
-SECTIONS = ("summary", "plots", "training", "step", "speed", "polar")
+SECTIONS = ("summary", "plots", "training", "step", "sharded", "speed", "polar")
 
 
 def tiny():

@@ -18,11 +18,13 @@ from orthax.optimisers import (
 )
 from orthax.polar import polar_factor as polar_factor
 from orthax.transforms import (
+    combine_tasks as combine_tasks,
     explain as explain,
     normalise as normalise,
     normalise_components as normalise_components,
     orthogonalise as orthogonalise,
     scale_by_shape as scale_by_shape,
+    task_weights as task_weights,
 )
 
 __version__ = "0.1.0"

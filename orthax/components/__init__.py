@@ -20,7 +20,10 @@ from orthax.components._rule import (
     Rule as Rule,
     check_rule as check_rule,
 )
-from orthax.components._sharded import by_compiler as by_compiler
+from orthax.components._sharded import (
+    by_compiler as by_compiler,
+    mesh_of as mesh_of,
+)
 from orthax.components._stacking import Group as Group, Stacking as Stacking
 from orthax.components._tree import (
     Leaf as Leaf,

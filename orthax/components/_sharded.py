@@ -82,7 +82,20 @@ _compiled = jax.jit(_traced, static_argnums=(1, 2, 3))
 
 
 def mesh_of(xs: Sequence[jax.Array]) -> jax.sharding.AbstractMesh:
-    """Return the mesh that the types of arrays name, or one without axes."""
+    """Return the mesh that the types of arrays name, or one without axes.
+
+    Args:
+      xs: arrays, traced or not.
+
+    Returns:
+      The mesh, with the names, sizes and kinds of its axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import components
+      >>> components.mesh_of([jnp.ones(2)]).explicit_axes
+      ()
+    """
     meshes = [jax.typeof(x).sharding.mesh for x in xs]
     return next((m for m in meshes if not m.empty), meshes[0])
 

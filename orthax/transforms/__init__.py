@@ -4,6 +4,11 @@ from orthax.transforms._component_rms import (
     ScaleByComponentRMSState as ScaleByComponentRMSState,
     scale_by_component_rms as scale_by_component_rms,
 )
+from orthax.transforms._conflict_rules import (
+    CAGrad as CAGrad,
+    GradVac as GradVac,
+    PCGrad as PCGrad,
+)
 from orthax.transforms._explain import explain as explain
 from orthax.transforms._explanation import (
     Explanation as Explanation,
@@ -34,4 +39,19 @@ from orthax.transforms._shape import (
     Spectral as Spectral,
     Width as Width,
     scale_by_shape as scale_by_shape,
+)
+from orthax.transforms._task_gradients import (
+    combined_value_and_grad as combined_value_and_grad,
+    task_value_and_grad as task_value_and_grad,
+)
+from orthax.transforms._task_rules import (
+    OSGD as OSGD,
+    Sum as Sum,
+    Symmetric as Symmetric,
+    TaskRule as TaskRule,
+)
+from orthax.transforms._tasks import (
+    CombineTasksState as CombineTasksState,
+    combine_tasks as combine_tasks,
+    task_weights as task_weights,
 )

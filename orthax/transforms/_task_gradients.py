@@ -1,0 +1,129 @@
+"""The gradients of several tasks at once, or combined in two passes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from orthax.transforms._task_rules import OSGD, TaskRule
+from orthax.transforms._tasks import check_task_rule, task_weights
+
+
+def task_value_and_grad(
+    losses: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., Any]:
+    """Return a function that gives the losses of all tasks and all their gradients.
+
+    Args:
+      losses: a function of parameters, and perhaps more, that returns losses
+        `(tasks,)`, or a pair of them and anything else if `has_aux`.
+      has_aux: whether it returns a pair.
+
+    Returns:
+      A function of the same arguments that returns `(losses, grads)`, or `((losses,
+      aux), grads)`, where every leaf of `grads` has the shape of the parameter behind
+      an axis of tasks.
+
+    Raises:
+      ValueError: when called, if `losses` does not return a vector of at least one
+        loss.
+
+    Limits:
+      One forward pass and as many backward passes as tasks, side by side; the gradients
+      take as much memory as all tasks have parameters. See `combined_value_and_grad`
+      for less.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> f = transforms.task_value_and_grad(lambda x: jnp.stack([x**2, 3 * x]))
+      >>> values, grads = f(2.0)
+      >>> values.tolist(), grads.tolist()
+      ([4.0, 6.0], [4.0, 3.0])
+    """
+
+    def value_and_grad(params: Any, *args: Any, **kwargs: Any) -> Any:
+        def of_params(params: Any) -> Any:
+            return losses(params, *args, **kwargs)
+
+        values, pull, *aux = jax.vjp(of_params, params, has_aux=has_aux)
+        _check_losses(values)
+        (grads,) = jax.vmap(pull)(jnp.eye(len(values), dtype=values.dtype))
+        return ((values, *aux) if has_aux else values), grads
+
+    return value_and_grad
+
+
+def combined_value_and_grad(
+    losses: Callable[..., Any], rule: TaskRule = OSGD(), *, has_aux: bool = False
+) -> Callable[..., Any]:
+    r"""Return a function that gives losses and their combined gradient, in two passes.
+
+    The first pass computes the Gram matrix, one gradient at a time, $K e_i = J (J^T
+    e_i)$: a backward and a forward derivative for each task. The second is one backward
+    pass with the weights of the rule. The same as `task_value_and_grad` with
+    `combine_tasks(rule)` behind it, with the memory of one gradient.
+
+    Args:
+      losses: as for `task_value_and_grad`.
+      rule: one without a state.
+      has_aux: whether `losses` returns a pair.
+
+    Returns:
+      A function of the same arguments that returns `(losses, grads)`, or `((losses,
+      aux), grads)`, with `grads` like the parameters.
+
+    Raises:
+      TypeError: if `rule` is no rule.
+      ValueError: if `rule` has a state, and as `task_value_and_grad`.
+
+    Limits:
+      `losses` must have derivatives in forward mode. Parameters must be floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> losses = lambda x: jnp.stack([x[0], 2 * x[1] - 3 * x[0]])
+      >>> values, grads = transforms.combined_value_and_grad(losses)(jnp.ones(2))
+      >>> grads.tolist()
+      [1.0, 2.0]
+
+    References:
+      Pearlmutter: "Fast Exact Multiplication by the Hessian", 1994 (products with a
+      Jacobian without the Jacobian); the rule's.
+    """
+    check_task_rule(rule)
+    if jax.tree.leaves(rule.init()):
+        raise ValueError(
+            f"{rule} keeps a state between steps: use task_value_and_grad and "
+            "combine_tasks instead."
+        )
+
+    def value_and_grad(params: Any, *args: Any, **kwargs: Any) -> Any:
+        def of_params(params: Any) -> Any:
+            return losses(params, *args, **kwargs)
+
+        values, push, *aux = jax.linearize(of_params, params, has_aux=has_aux)
+        _check_losses(values)
+        pull = jax.linear_transpose(push, params)
+
+        def products(task: jax.Array) -> jax.Array:
+            return push(*pull(task))
+
+        gram = jax.lax.map(products, jnp.eye(len(values), dtype=values.dtype))
+        weights = task_weights((gram + gram.T) / 2, rule)
+        (grads,) = pull(weights.astype(values.dtype))
+        return ((values, *aux) if has_aux else values), grads
+
+    return value_and_grad
+
+
+def _check_losses(values: jax.Array) -> None:
+    shape = getattr(values, "shape", None)
+    if shape is None or len(shape) != 1 or not shape[0]:
+        raise ValueError(
+            "`losses` must return one array of shape (tasks,), at least one task; got "
+            f"{shape if shape is not None else values!r}. jnp.stack makes one of "
+            "several."
+        )

@@ -8,13 +8,24 @@ import argparse
 import pathlib
 from collections.abc import Sequence
 
-from benchmarks import plots, polar, sharded, speed, step, summary, tables, training
+from benchmarks import (
+    plots,
+    polar,
+    sharded,
+    speed,
+    step,
+    summary,
+    tables,
+    tasks,
+    training,
+)
 
 KEYS = {
     "polar": polar.KEY,
     "step": step.KEY,
     "sharded": sharded.KEY,
     "speed": speed.KEY,
+    "tasks": tasks.KEY,
     "training": training.KEY,
 }
 
@@ -36,6 +47,7 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         "step": tables.by_device(rows["step"], step.markdown),
         "sharded": sharded.report(rows["sharded"]),
         "speed": speed.report(rows["speed"]),
+        "tasks": tasks.report(rows["tasks"]),
         "training": training.report(rows["training"]),
         "polar": tables.by_device(rows["polar"], polar.markdown),
     }

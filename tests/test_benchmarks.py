@@ -25,6 +25,7 @@ from benchmarks import (
     step,
     summary,
     tables,
+    tasks,
     timing,
     trees,
     updates,
@@ -32,7 +33,8 @@ from benchmarks import (
 from orthax import components, polar
 
 RULE = components.ByName(stacked=("experts",))
-SECTIONS = ("summary", "plots", "training", "step", "sharded", "speed", "polar")
+SECTIONS = ("summary", "plots", "training", "step", "sharded", "speed", "tasks")
+SECTIONS += ("polar",)
 
 
 def tiny():
@@ -670,3 +672,22 @@ def test_everything_can_be_imported_with_jax_optax_and_flax_alone():
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
     assert done.stdout.endswith("counting: 2 of 2, 2\n[1, 2]\n"), done.stderr
+
+
+def test_the_cost_of_several_tasks(tmp_path):
+    text = page(tmp_path)
+    paths = ["--results", str(tmp_path), "--readme", str(text)]
+    tasks.main(["--networks", "dense", "--tasks", "2", "--calls", "3", *paths])
+    rows = {row["way"]: row for row in tables.read(tmp_path / "tasks.csv")}
+    assert rows.keys() == tasks.WAYS.keys()
+    assert float(rows[tasks.SUM]["times_sum"]) == 1
+    assert all(float(row["median_ms"]) > 0 for row in rows.values())
+    # Two gradients need more memory than that of a sum.
+    side, whole = (float(rows[n]["temporary_mib"]) for n in ("OSGD()", tasks.SUM))
+    assert side > whole
+    found = text.read_text()
+    assert "| dense | 2 | `PCGrad()` |" in found
+    assert "not yet run; `python -m benchmarks.tasks`" in found
+    before = (tmp_path / "tasks.csv").read_text()
+    tasks.main(["--networks", "dense", "--tasks", "2", *paths])
+    assert (tmp_path / "tasks.csv").read_text() == before

@@ -336,6 +336,35 @@ def test_however_it_is_called(kind, call):
     assert lie_alike(out, xs)
 
 
+@pytest.fixture
+def without_shardy():
+    before = jax.config.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", False)
+    yield
+    jax.config.update("jax_use_shardy_partitioner", before)
+
+
+@pytest.mark.usefixtures("without_shardy")
+def test_with_the_partitioner_before_shardy():
+    """Which may know nothing of a leaf: of one that only its result says a word on."""
+    _, xs = small_on("auto")
+    program = compiled(updating(DIRECT, **STACKED)).lower(xs).compile()
+    out = program(xs)
+    assert distance(out, small()[1]) < 1e-5
+    assert lie_alike(out, xs)
+    assert {*called(program)} == {"all-to-all"}
+    lie = jax.tree.map(lambda x: x.sharding, xs)
+    said = compiled(updating(DIRECT, **STACKED), out_shardings=lie)(small()[0])
+    assert distance(said, small()[1]) < 1e-5
+
+
+def test_under_pmap():
+    """Where every device has a whole gradient of its own."""
+    many = jax.tree.map(lambda x: jnp.stack([x] * 8), small()[0])
+    out = jax.pmap(updating(DIRECT, **STACKED))(many)
+    assert distance(jax.tree.map(lambda x: x[3], out), small()[1]) < 1e-5
+
+
 def layered():
     """Return a stack of layers, `(8, 16, 24)`, and its update on one device."""
     rule = components.ByName(stacked=("layers",))

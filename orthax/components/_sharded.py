@@ -202,8 +202,10 @@ def _by_asking(
         return mesh, work, lie, lie
 
     def kept(mesh, shapes, results):
-        del mesh, results
-        return tuple(x.sharding for x in shapes)
+        # For compilers before Shardy, which may know nothing yet of a leaf.
+        del results
+        everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        return tuple(x.sharding or everywhere for x in shapes)
 
     asked = custom_partitioning(lambda *xs: whole(*xs))
     asked.def_partition(

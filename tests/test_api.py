@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 import orthax
-from orthax import components, diagnostics, optimisers, polar, transforms
+from orthax import components, diagnostics, nn, optimisers, polar, transforms
 
 ROOMS = {
     "polar": polar,
@@ -13,6 +13,7 @@ ROOMS = {
     "transforms": transforms,
     "optimisers": optimisers,
     "diagnostics": diagnostics,
+    "nn": nn,
 }
 PUBLIC = {
     f"{room}.{name}": value

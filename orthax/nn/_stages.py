@@ -1,0 +1,83 @@
+"""How many stages run, and on which of the given activations."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+# One array, or one for each stage.
+Activations = jax.Array | Sequence[jax.Array]
+
+
+def count(name: str, value: int) -> int:
+    """Return a positive integer, or raise, naming the argument."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be an integer, and static under jit, got {value!r} of type "
+            f"{type(value).__name__}."
+        ) from None
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
+    return number
+
+
+def features_of(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the features of each stage, or raise, naming the argument."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if not value:
+            raise ValueError(f"`{name}` must have an entry for each stage, got none.")
+        return tuple(count(f"{name}[{k}]", n) for k, n in enumerate(value))
+    return (count(name, value),)
+
+
+def select(
+    xs: Activations, given: int, built: int, stages: int | None
+) -> tuple[list[jax.Array], int]:
+    """Return the activations that are read and the number of stages to run.
+
+    Args:
+      xs: activations of the first stages.
+      given: how many stages have an activation of their own in front of the layer.
+      built: how many stages the layer has.
+      stages: how many are to run, or None for all whose activations are there.
+    """
+    xs = [xs] if _is_array(xs) else list(xs)
+    if not 1 <= len(xs) <= given or not all(map(_is_array, xs)):
+        found = [type(x).__name__ for x in xs]
+        raise ValueError(
+            f"`xs` must be an array for each of the first stages, 1 to {given} of them,"
+            f" or one array alone, got {len(xs)}: {found}."
+        )
+    if stages is None:
+        return xs, built if len(xs) == given else len(xs)
+    stages = count("stages", stages)
+    if stages > built:
+        raise ValueError(f"`stages` is {stages}, but the layer has {built}.")
+    if len(xs) < min(stages, given):
+        raise ValueError(
+            f"`stages` is {stages}, but `xs` has the activations of {len(xs)}: run as "
+            "many stages in the layers before."
+        )
+    return xs[:stages], stages
+
+
+def check_shapes(xs: Sequence[jax.Array], widths: Sequence[int]) -> None:
+    """Raise if an activation has other features than its stage or another batch."""
+    for k, (x, width) in enumerate(zip(xs, widths, strict=False)):
+        if not x.ndim or x.shape[-1] != width:
+            raise ValueError(
+                f"`xs[{k}]` has shape {x.shape}, but stage {k} has {width} features on "
+                "its last axis."
+            )
+        if x.shape[:-1] != xs[0].shape[:-1]:
+            raise ValueError(
+                f"`xs[{k}]` has shape {x.shape} and `xs[0]` {xs[0].shape}: only the "
+                "last axis, the features, may differ."
+            )
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")

@@ -776,6 +776,22 @@ def test_axes_that_a_shard_map_has_taken(kind):
             jax.eval_shape(update, xs)
 
 
+def test_explain_takes_specs_and_one_sharding_for_all():
+    shapes = {"a": {"kernel": struct((16, 8)), "bias": struct((8,))}}
+    mesh = jax.sharding.AbstractMesh((8,), ("d",))
+    named = jax.NamedSharding(mesh, P("d"))
+    expected = orthax.explain(shapes, shardings=jax.tree.map(lambda _: named, shapes))
+    assert [share.plan for share in expected.shares] == ["stack"]
+    with jax.sharding.use_abstract_mesh(mesh):
+        specs = jax.tree.map(lambda _: P("d"), shapes)
+        assert orthax.explain(shapes, shardings=specs).shares == expected.shares
+    assert orthax.explain(shapes, shardings=named).shares == expected.shares
+    with pytest.raises(ValueError, match="no mesh"):
+        orthax.explain(shapes, shardings=P("d"))
+    with pytest.raises(TypeError, match="of type str"):
+        orthax.explain(shapes, shardings=jax.tree.map(lambda _: "d", shapes))
+
+
 def test_explain_names_what_lies_wrong():
     tree = kernels((32, 16), (32, 12))
     mesh = AbstractMesh((4, 2), ("x", "y"))

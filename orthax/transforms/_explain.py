@@ -27,9 +27,9 @@ def explain(
       method: how polar factors are computed.
       stacking: how equal matrices are worked on together.
       platform: where: `"cpu"`, `"gpu"`, `"tpu"`; default: where JAX computes now.
-      shardings: a tree like `params` of `jax.NamedSharding`s, also ones over a
-        `jax.sharding.AbstractMesh` of devices that are not there; default: those of
-        `params`.
+      shardings: one for all leaves, or a tree like `params`, of `jax.NamedSharding`s,
+        also over a `jax.sharding.AbstractMesh` of devices that are not there, or of
+        `jax.P`s for the mesh around; default: those of `params`.
 
     Returns:
       A row for each leaf, and one for each stack that `orthogonalise` would make of
@@ -39,9 +39,10 @@ def explain(
       the method, at most so many where it decides at run time.
 
     Raises:
-      TypeError: if `rule` or `method` is none or a leaf is no array.
+      TypeError: if `rule` or `method` is none, a leaf is no array, or a sharding is
+        something else.
       ValueError: if `stacking.max_bytes` is smaller than one matrix, or if shardings
-        are on different meshes or do not fit their leaf.
+        are on different meshes, do not fit their leaf, or have no mesh.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,9 +83,34 @@ def explain(
     if shardings is None:
         lie = [getattr(leaf.value, "sharding", None) for leaf in leaves]
     else:
-        lie = jax.tree.structure(params).flatten_up_to(shardings)
+        lie = _given(params, shardings)
     shares = tuple(_shares(leaves, lie, method, stacking))
     return Explanation(rows, found, shares, method, platform)
+
+
+def _given(params: Any, shardings: Any) -> list[Any]:
+    """Return the sharding of every leaf, with a mesh where it is a spec alone."""
+    kinds = jax.sharding.Sharding | jax.sharding.PartitionSpec
+    structure = jax.tree.structure(params)
+    if isinstance(shardings, kinds):
+        found = [shardings] * structure.num_leaves
+    else:
+        found = structure.flatten_up_to(shardings)
+    mesh = jax.sharding.get_abstract_mesh()
+    for i, sharding in enumerate(found):
+        if sharding is not None and not isinstance(sharding, kinds):
+            raise TypeError(
+                "`shardings` must be jax.NamedShardings or jax.Ps, got "
+                f"{sharding!r} of type {type(sharding).__name__}."
+            )
+        if isinstance(sharding, jax.sharding.PartitionSpec):
+            if mesh.empty:
+                raise ValueError(
+                    f"`shardings` has {sharding} and no mesh: give jax.NamedSharding("
+                    "mesh, spec), or surround the call by jax.set_mesh(mesh)."
+                )
+            found[i] = jax.NamedSharding(mesh, sharding)
+    return found
 
 
 def _shares(

@@ -79,7 +79,9 @@ def combined_value_and_grad(
       ValueError: if `rule` has a state, and as `task_value_and_grad`.
 
     Limits:
-      `losses` must have derivatives in forward mode. Parameters must be floating.
+      `losses` must have derivatives in forward mode. Parameters must be floating. The
+      tasks of the first pass are turns of a loop, in which XLA's convolutions are slow
+      on CPU.
 
     Example:
       >>> import jax.numpy as jnp

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown as table
 from examples.models.anytime import MODELS
-from examples.report import Row, mean_and_error, spread
+from examples.report import Results, Row, mean_and_error, spread
 from examples.task_rules import RULES
 
 INDEPENDENT = "independent"
@@ -58,7 +57,7 @@ COLUMNS = (
 # --------------------------------------------------------------- the results file
 
 
-class Rows:
+class Rows(Results):
     """The rows of finished runs in a file, which is made at the first one.
 
     A broken row is named and left out.
@@ -67,46 +66,20 @@ class Rows:
       ValueError: if the file has other columns.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._rows: dict[tuple[str, ...], Row] = {}
-        if not path.exists():
-            return
-        with path.open(newline="") as file:
+    columns = COLUMNS
+    key = KEY
+
+    def _read(self) -> bool:
+        with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
             if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
-                raise ValueError(f"{path} has other columns: move it away.")
+                raise ValueError(f"{self.path} has other columns: move it away.")
             for row in reader:
                 if None in row or None in row.values():
-                    line = reader.line_num
-                    print(f"{path}, line {line}: broken; skipped", file=sys.stderr)
+                    self._complain(reader.line_num, "broken; skipped")
                 else:
-                    self._rows[_key(row)] = row
-
-    def find(self, key: Row) -> Row | None:
-        """Return the row of a run, given its `KEY` columns; None if not finished."""
-        return self._rows.get(_key(key))
-
-    def rows(self) -> list[Row]:
-        """Return the rows of all finished runs, in the order of the file."""
-        return list(self._rows.values())
-
-    def append(self, row: Row) -> None:
-        """Write the row of a finished run."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        old = self.path.read_text() if self.path.exists() else ""
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if not old:
-                writer.writeheader()
-            elif not old.endswith("\n"):  # half a row
-                file.write("\r\n")
-            writer.writerow(row)
-        self._rows[_key(row)] = row
-
-
-def _key(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in KEY)
+                    self._add(row)
+        return True
 
 
 def numbers(rows: Sequence[Row], name: str) -> np.ndarray:

@@ -6,13 +6,12 @@ all exits become one by a rule of `orthax.transforms`, and an optimiser of
 alone are trained side by side; what is stopped goes on from its last checkpoint.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax
@@ -354,32 +353,13 @@ def train_runs(
 
     Without `test` the rows say nothing about the test images. None after the deadline.
     """
-    missing = [run for run in runs if results.find(run.key()) is None]
-    if len(missing) < len(runs):
-        done = len(runs) - len(missing)
-        print(f"{done} of {len(runs)} runs skipped: finished in {results.path}")
-    epochs = sum(run.epochs for run in missing)
-    with (
-        contextlib.suppress(OutOfTime),
-        tqdm(total=epochs, unit="epoch", disable=not missing) as progress,
-    ):
-        for together in _side_by_side(missing, limits.seeds_at_once):
-            _train_and_write(together, results, data, test, limits, progress)
-            if time.monotonic() > limits.deadline:
-                break
-    found = [results.find(run.key()) for run in runs]
+
+    def train(together: Sequence[Run], progress: tqdm) -> None:
+        _train_and_write(together, results, data, test, limits, progress)
+
+    apart = {"seed": 0, "learning_rate": 1.0}
+    found = supervised.train_missing(runs, results, limits, apart, train)
     return found if all(found) else None
-
-
-def _side_by_side(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
-    """Yield runs that differ in seed and learning rate alone, so many at most."""
-    groups: dict[Run, list[Run]] = {}
-    for run in runs:
-        alike = dataclasses.replace(run, seed=0, learning_rate=1.0)
-        groups.setdefault(alike, []).append(run)
-    for group in groups.values():
-        for i in range(0, len(group), most):
-            yield group[i : i + most]
 
 
 def _train_and_write(

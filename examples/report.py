@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -75,6 +76,9 @@ class Results:
       fresh: whether to delete an existing file first.
     """
 
+    columns: ClassVar[tuple[str, ...]] = COLUMNS
+    key: ClassVar[tuple[str, ...]] = KEY  # those that tell one run from another
+
     def __init__(self, path: Path, fresh: bool = False):
         self._rows: dict[tuple[str, ...], Row] = {}
         self.path = path
@@ -89,11 +93,11 @@ class Results:
         """Read the rows, and return whether the columns are the right ones."""
         with self.path.open(newline="") as file:
             reader = csv.DictReader(file)
-            if tuple(reader.fieldnames or COLUMNS) != COLUMNS:
+            if tuple(reader.fieldnames or self.columns) != self.columns:
                 self._complain(1, "other columns; nothing of it is used or changed")
                 return False
             for row in reader:
-                whole = len(row) == len(COLUMNS) and None not in row.values()
+                whole = len(row) == len(self.columns) and None not in row.values()
                 if whole and _is_sound(row):
                     self._add(row)
                 else:
@@ -104,8 +108,8 @@ class Results:
         print(f"{self.path}, line {line}: {what}", file=sys.stderr)
 
     def find(self, key: Row) -> Row | None:
-        """Return the row of a run, given its `KEY` columns; None if not finished."""
-        return self._rows.get(tuple(key[name] for name in KEY))
+        """Return the row of a run, given its `key` columns; None if not finished."""
+        return self._rows.get(tuple(key[name] for name in self.key))
 
     def rows(self) -> list[Row]:
         """Return the rows of all finished runs, in the order of the file."""
@@ -116,7 +120,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_text() if self.path.exists() else ""
         with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, self.columns)
             if not before:
                 writer.writeheader()
             elif not before.endswith("\n"):  # half a row, perhaps half a quotation
@@ -125,7 +129,7 @@ class Results:
         self._add(row)
 
     def _add(self, row: Row) -> None:
-        self._rows[tuple(row[name] for name in KEY)] = row
+        self._rows[tuple(row[name] for name in self.key)] = row
 
 
 def _is_sound(row: Row) -> bool:

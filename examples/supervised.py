@@ -13,9 +13,9 @@ import functools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax
 import jax
@@ -502,6 +502,33 @@ def train_runs(
     Without `test` the rows say nothing about the test images. After the deadline the
     rows of what is not finished are left out.
     """
+
+    def train(together: Sequence[Run], progress: tqdm) -> None:
+        _train_and_write(together, results, data, test, limits, progress)
+
+    found = train_missing(runs, results, limits, {"seed": 0}, train)
+    return [row for row in found if row]
+
+
+def train_missing(
+    runs: Sequence[Any],
+    results: Results,
+    limits: Limits,
+    apart: Mapping[str, Any],
+    train: Callable[[list[Any], tqdm], None],
+) -> list[Row | None]:
+    """Train what the results file does not hold; return the row of every run.
+
+    Args:
+      runs: dataclasses with `epochs` and a method `key`.
+      results: which are finished; `train` adds to it.
+      limits: how many run side by side, and when no further ones are started.
+      apart: the fields in which runs side by side may differ, with any value.
+      train: trains runs side by side, and tells a progress bar of epochs.
+
+    Returns:
+      Rows, None for what is not finished after the deadline.
+    """
     missing = [run for run in runs if results.find(run.key()) is None]
     if len(missing) < len(runs):
         print(
@@ -513,19 +540,20 @@ def train_runs(
         contextlib.suppress(OutOfTime),
         tqdm(total=epochs, unit="epoch", disable=not missing) as progress,
     ):
-        for together in _side_by_side(missing, limits.seeds_at_once):
-            _train_and_write(together, results, data, test, limits, progress)
+        for together in _side_by_side(missing, limits.seeds_at_once, apart):
+            train(together, progress)
             if time.monotonic() > limits.deadline:
                 break
-    found = [results.find(run.key()) for run in runs]
-    return [row for row in found if row]
+    return [results.find(run.key()) for run in runs]
 
 
-def _side_by_side(runs: Sequence[Run], most: int) -> Iterator[list[Run]]:
-    """Yield runs that differ in their seeds alone, so many at most."""
-    groups: dict[Run, list[Run]] = {}
+def _side_by_side(
+    runs: Sequence[Any], most: int, apart: Mapping[str, Any]
+) -> Iterator[list[Any]]:
+    """Yield runs that differ in some fields alone, so many at most."""
+    groups: dict[Any, list[Any]] = {}
     for run in runs:
-        groups.setdefault(dataclasses.replace(run, seed=0), []).append(run)
+        groups.setdefault(dataclasses.replace(run, **apart), []).append(run)
     for group in groups.values():
         for i in range(0, len(group), most):
             yield group[i : i + most]

@@ -26,7 +26,7 @@ import tyro
 
 from examples.anytime_report import INDEPENDENT, Rows, merit, write
 from examples.anytime_training import Recipe, Run, train_runs
-from examples.data import Dataset, load_cifar10, load_digits
+from examples.data import Dataset, Split, load_cifar10, load_digits
 from examples.models.anytime import MODELS, Model
 from examples.optimisers import WITHOUT_METHOD, Optimiser
 from examples.supervised import Limits, Schedule, check_batches
@@ -66,6 +66,8 @@ class Settings:
     """Passes over the training images."""
     batch_size: int = 64
     """Images in a step; those beyond the last whole batch wait for another epoch."""
+    train_images: int = 0
+    """Images to train on, the first ones; 0 for all."""
     schedule: Schedule = "cosine"
     """Of the learning rate."""
     momentum: float = 0.9
@@ -96,6 +98,7 @@ class Settings:
         holds = self.grid and all(0 < rate < math.inf for rate in self.grid)
         holds = holds and list(self.grid) == sorted(set(self.grid))
         self.expect(holds, "grid", "positive rates in increasing order, each once")
+        self.expect(self.train_images >= 0, "train_images", "at least 0")
         self.expect(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
         self.expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
         for name in ("minutes", "checkpoint_seconds"):
@@ -114,7 +117,8 @@ class Settings:
     def recipe(self, model: Model, rule: str, last: int, **others) -> Recipe:
         """Return the recipe of a network up to a stage, counted from one."""
         names = ("optimiser", "batch_size", "momentum", "weight_decay", "stages")
-        given = {x: getattr(self, x) for x in (*names, "width", "depth", "two_passes")}
+        names += ("width", "depth", "train_images", "two_passes")
+        given = {x: getattr(self, x) for x in names}
         method = "" if self.optimiser in WITHOUT_METHOD else "auto"
         given |= {"method": method, "layers": "all", "b2": 0.99}
         return Recipe(model=model, rule=rule, exit=last, **given, **others)
@@ -132,6 +136,15 @@ class Settings:
     def load(self) -> Dataset:
         """Return the data."""
         raise NotImplementedError
+
+    def load_some(self) -> Dataset:
+        """Return the data, with as many images to train on as are asked for."""
+        data = self.load()
+        there = len(data.train.labels)
+        holds = self.train_images <= there
+        self.expect(holds, "train_images", f"at most {there}: there are no more")
+        some = self.train_images or there
+        return data._replace(train=Split(*(x[:some] for x in data.train)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every, at_once = config.checkpoint_seconds, config.at_once
     limits = Limits(config.checkpoints, every, deadline, at_once)
     try:
-        data = config.load()
+        data = config.load_some()
         check_batches(config.recipe("width", "sum", 1), len(data.train.labels))
         results = Rows(config.results / "anytime.csv")
     except (FileNotFoundError, ValueError) as error:

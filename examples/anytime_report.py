@@ -28,6 +28,7 @@ _SHARED = (
     "schedule",
     "epochs",
     "batch_size",
+    "train_images",
     "momentum",
     "weight_decay",
     "augment",
@@ -257,7 +258,7 @@ def text(rows: Sequence[Row], data: str) -> str:
         return f"{parts[0]}\n\n{NOT_YET}: `{_command(data)}`"
     for group in groups.values():
         row = group[0]
-        shown = [x for x in _SHARED[1:] if row[x] != "False"]
+        shown = [x for x in _SHARED[1:] if row[x] not in ("False", "0")]
         settings = ", ".join(f"{x.replace('_', ' ')} {row[x]}" for x in shown)
         devices = "; ".join(dict.fromkeys(x["device"] for x in group))
         versions = ", ".join(f"{x} {row[x]}" for x in ("jax", "flax", "optax"))

@@ -55,6 +55,7 @@ class Recipe(supervised.Recipe):
     exit: int  # the last stage that is built, counted from one
     width: int
     depth: int
+    train_images: int  # the first ones; 0: all
     two_passes: bool
 
     def task_rule(self) -> transforms.TaskRule:

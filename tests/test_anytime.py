@@ -382,6 +382,7 @@ def test_a_broken_row_is_left_out_and_other_columns_are_an_error(tmp_path, capsy
         ({"grid": (math.nan,)}, "`grid`"),
         ({"momentum": 1.0}, "`momentum` is 1.0"),
         ({"minutes": 0.0}, "`minutes` is 0.0"),
+        ({"train_images": -1}, "`train_images` is -1"),
     ],
 )
 def test_bad_settings_say_what_was_expected(setting, message):
@@ -407,6 +408,8 @@ def test_bad_commands_end_with_a_message(arguments, message, capsys):
 def test_bad_batches_and_missing_data_end_with_a_message(tmp_path):
     with pytest.raises(SystemExit, match="`batch_size` is 1258"):
         anytime.main(["digits", *folders(tmp_path), "--batch-size", "1258"])
+    with pytest.raises(SystemExit, match="at most 1257: there are no more"):
+        anytime.main(["digits", *folders(tmp_path), "--train-images", "1258"])
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(SystemExit, match="Two ways to get it"):
         anytime.main(["cifar10", *folders(tmp_path), "--data-dir", str(tmp_path)])
@@ -415,16 +418,25 @@ def test_bad_batches_and_missing_data_end_with_a_message(tmp_path):
 # -------------------------------------------------------------------------- CIFAR-10
 
 
+def test_as_many_images_as_are_asked_for_and_no_fewer_to_choose_by():
+    whole, some = SMALL.load(), anytime.Digits(train_images=100).load_some()
+    assert len(some.train.labels) == len(some.train.images) == 100
+    assert np.array_equal(some.train.images, whole.train.images[:100])
+    assert len(some.validation.labels) == len(whole.validation.labels)
+    assert len(SMALL.load_some().train.labels) == len(whole.train.labels)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("ORTHAX_DATA" not in os.environ, reason="needs ORTHAX_DATA")
+@pytest.mark.parametrize("passes", ["--no-two-passes", "--two-passes"])
 @pytest.mark.parametrize("model", MODELS)
-def test_a_few_steps_on_cifar10(tmp_path, monkeypatch, model):
+def test_a_few_steps_on_cifar10(tmp_path, monkeypatch, model, passes):
     whole = anytime.load_cifar10()
     few = Dataset(*(Split(x.images[:16], x.labels[:16]) for x in whole))
     monkeypatch.setattr(anytime, "load_cifar10", lambda folder: few)
     settings = f"cifar10 --models {model} --rules osgd --no-independent --width 2"
     settings += " --stages 2 --batch-size 8 --epochs 1 --seeds 1 --grid 0.03"
-    anytime.main([*settings.split(), *folders(tmp_path)])
+    anytime.main([*settings.split(), passes, *folders(tmp_path)])
     _, row = read(tmp_path)
     assert row["chosen"] == "tuned" and row["status"] == "finished"
     costs = [*map(int, row["flops"].split())]

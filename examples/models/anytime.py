@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.models.convolution import convolve
 from examples.models.resnet import BasicBlock
 from orthax.nn import (
     Branched,
@@ -34,6 +35,9 @@ _relu = functools.partial(jax.tree.map, nnx.relu)
 _join = functools.partial(jnp.concatenate, axis=-1)
 _norm = functools.partial(nnx.BatchNorm, momentum=0.9)
 _KERNEL = nnx.initializers.he_uniform()
+_conv = functools.partial(
+    NestedConv, kernel_size=(3, 3), use_bias=False, conv_general_dilated=convolve
+)
 
 
 def make_mlp(
@@ -132,14 +136,7 @@ def make_resnet(
     layers, before = [], inputs
     for group in range(_GROUPS):
         widths = [x << group for x in _widths(model, stages, width)[:built]]
-        conv = NestedConv(
-            before,
-            widths,
-            (3, 3),
-            strides=2 if group else 1,
-            use_bias=False,
-            rngs=rngs,
-        )
+        conv = _conv(before, widths, strides=2 if group else 1, rngs=rngs)
         layers += [conv, NestedNorm(widths, _norm, rngs=rngs), _relu]
         if model == "width":
             layers += [_NestedBlock(widths, rngs=rngs) for _ in range(depth)]
@@ -183,7 +180,14 @@ class _ConvNormRelu(nnx.Module):
     """A 3x3 convolution, its norm and a ReLU: the stem."""
 
     def __init__(self, fan_in: int, width: int, *, rngs: nnx.Rngs):
-        self.conv = nnx.Conv(fan_in, width, (3, 3), use_bias=False, rngs=rngs)
+        self.conv = nnx.Conv(
+            fan_in,
+            width,
+            (3, 3),
+            use_bias=False,
+            conv_general_dilated=convolve,
+            rngs=rngs,
+        )
         self.norm = _norm(width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -194,8 +198,7 @@ class _NestedBlock(nnx.Module):
     """Two nested 3x3 convolutions beside a shortcut, of every stage."""
 
     def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
-        conv = functools.partial(NestedConv, widths, widths, (3, 3), use_bias=False)
-        self.conv1, self.conv2 = conv(rngs=rngs), conv(rngs=rngs)
+        self.conv1, self.conv2 = (_conv(widths, widths, rngs=rngs) for _ in range(2))
         self.norm1, self.norm2 = (
             NestedNorm(widths, _norm, rngs=rngs) for _ in range(2)
         )

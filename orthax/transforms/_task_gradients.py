@@ -61,7 +61,7 @@ def combined_value_and_grad(
     r"""Return a function that gives losses and their combined gradient, in two passes.
 
     The first pass computes the Gram matrix, one gradient at a time, $K e_i = J (J^T
-    e_i)$: a backward and a forward derivative for each task. The second is one backward
+    e_i)$: a backward pass and its transpose for each task. The second is one backward
     pass with the weights of the rule. The same as `task_value_and_grad` with
     `combine_tasks(rule)` behind it, with the memory of one gradient.
 
@@ -79,9 +79,9 @@ def combined_value_and_grad(
       ValueError: if `rule` has a state, and as `task_value_and_grad`.
 
     Limits:
-      `losses` must have derivatives in forward mode. Parameters must be floating. The
-      tasks of the first pass are turns of a loop, in which XLA's convolutions are slow
-      on CPU.
+      The backward pass of `losses` must have a derivative in reverse mode itself.
+      Parameters must be floating. The tasks of the first pass are not turns of a loop:
+      the program grows with their number.
 
     Example:
       >>> import jax.numpy as jnp
@@ -106,19 +106,32 @@ def combined_value_and_grad(
         def of_params(params: Any) -> Any:
             return losses(params, *args, **kwargs)
 
-        values, push, *aux = jax.linearize(of_params, params, has_aux=has_aux)
+        values, pull, *aux = jax.vjp(of_params, params, has_aux=has_aux)
         _check_losses(values)
-        pull = jax.linear_transpose(push, params)
-
-        def products(task: jax.Array) -> jax.Array:
-            return push(*pull(task))
-
-        gram = jax.lax.map(products, jnp.eye(len(values), dtype=values.dtype))
+        gram = _gram(pull, values)
         weights = task_weights((gram + gram.T) / 2, rule)
         (grads,) = pull(weights.astype(values.dtype))
         return ((values, *aux) if has_aux else values), grads
 
     return value_and_grad
+
+
+def _gram(pull: Callable[[jax.Array], tuple], values: jax.Array) -> jax.Array:
+    """Return J J^T, one gradient in memory at a time.
+
+    J v, a forward derivative, is the transpose of the backward pass: what has a rule
+    for the backward direction alone, like `jax.custom_vjp`, need not have the other.
+    A loop would be shorter, but in its body XLA's convolutions are slow on a CPU; an
+    optimisation barrier between the turns is gone before XLA orders them there.
+    """
+    _, push = jax.vjp(pull, values)  # linear: where does not matter
+    rows = []
+    for task in jnp.eye(len(values), dtype=values.dtype):
+        if rows:  # never true, but only known once the last gradient is done with
+            never = jnp.isnan(rows[-1][0]) & jnp.isfinite(rows[-1][0])
+            task = jnp.where(never, jnp.zeros_like(task), task)
+        rows += push(pull(task))
+    return jnp.stack(rows)
 
 
 def _check_losses(values: jax.Array) -> None:

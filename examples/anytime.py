@@ -25,11 +25,12 @@ import jax
 import tyro
 
 from examples.anytime_report import INDEPENDENT, Rows, merit, write
-from examples.anytime_training import Recipe, Run, train_runs
+from examples.anytime_training import TRAINER, Recipe, Run
 from examples.data import Dataset, Split, load_cifar10, load_digits
 from examples.models.anytime import MODELS, Model
 from examples.optimisers import WITHOUT_METHOD, Optimiser
-from examples.supervised import Limits, Schedule, check_batches
+from examples.runs import Limits
+from examples.supervised import Schedule, check_batches
 from examples.task_rules import RULES, STATEFUL, Rule
 
 FIRST_TUNING_SEED = 1_000_000  # no final run shares its seed with a run of the grid
@@ -211,7 +212,7 @@ def tune(
     not a number if a run diverged at every rate.
     """
     runs = plan(config, recipe, "grid", config.grid)
-    rows = train_runs(runs, results, data, test=False, limits=limits)
+    rows = train_runs(TRAINER, runs, results, data, test=False, limits=limits)
     if rows is None:
         return None
     merits = {
@@ -237,7 +238,7 @@ def finish(config: Settings, results: Rows, data: Dataset, limits: Limits) -> bo
             print("no rate of the grid is usable: all diverged; try smaller ones")
             continue
         runs = plan(config, recipe, "tuned", (best,))
-        if train_runs(runs, results, data, test=True, limits=limits) is None:
+        if train_runs(TRAINER, runs, results, data, test=True, limits=limits) is None:
             return False
     return True
 

@@ -1,4 +1,4 @@
-"""The trainer of anytime networks: what a run is, its steps, many runs in a row.
+"""The trainer of anytime networks: what a run is, its steps, the row it leaves.
 
 To be read from top to bottom; `examples/anytime.py` is the program. The gradients of
 all exits become one by a rule of `orthax.transforms`, and an optimiser of
@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import math
 import platform
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax
@@ -20,24 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm import tqdm
 
 import orthax
 from examples import supervised
 from examples.anytime_report import COLUMNS, INDEPENDENT, KEY, Rows
-from examples.checkpoints import checkpoints
 from examples.data import Dataset, Split
 from examples.data.augmentation import augmented
 from examples.models.anytime import make_mlp, make_resnet
 from examples.report import Row, describe_device
-from examples.supervised import (
-    Limits,
-    OutOfTime,
-    State,
-    forward,
-    normalised,
-    score,
-)
+from examples.runs import Limits, compiled, over_seeds, train_epochs, train_missing
+from examples.supervised import State, forward, normalised, score
 from examples.task_rules import make_rule
 from orthax import transforms
 
@@ -212,96 +203,16 @@ def train_epoch(
     recipe: Recipe,
 ) -> tuple[State, Metrics]:
     """Return the state after a pass over shuffled images, and metrics."""
-    count, size = len(train.labels), recipe.batch_size
-    order = jax.random.permutation(jax.random.fold_in(key, 0), count)
-    batches = order[: count // size * size].reshape(-1, size)
-
-    def step(state: State, at: tuple) -> tuple[State, tuple]:
-        rows, rate, number = at
-        batch = Split(train.images[rows], train.labels[rows])
-        return train_step(state, batch, jax.random.fold_in(key, number), rate, recipe)
-
-    numbers = 1 + jnp.arange(len(batches))
-    state, (losses, cosines) = jax.lax.scan(step, state, (batches, rates, numbers))
+    step = functools.partial(train_step, recipe=recipe)
+    state, (losses, cosines) = supervised.over_batches(
+        step, state, key, rates, train, recipe.batch_size
+    )
     conflicts = jnp.where(jnp.isnan(cosines), jnp.nan, cosines < 0).mean(0)
     held = evaluate(state, validation, recipe)
     return state, Metrics(losses.mean(0), cosines.mean(0), conflicts, *held)
 
 
 # ---------------------------------------------------------------------- many runs
-
-
-@functools.lru_cache(maxsize=4)
-def programs(recipe: Recipe, count: int) -> tuple[Callable, Callable]:
-    """Return `train_epoch` and `evaluate` for some runs at once."""
-    epoch, test = (
-        supervised.over_seeds(functools.partial(f, recipe=recipe), count, along)
-        for f, along in ((train_epoch, 3), (evaluate, 1))
-    )
-    return jax.jit(epoch, donate_argnums=0), jax.jit(test)
-
-
-def train_together(
-    runs: Sequence[Run],
-    data: Dataset,
-    limits: Limits = Limits(),
-    told: Callable[[int, Metrics], None] = lambda epoch, metrics: None,
-    finish: Callable[[State, Metrics, float], None] = lambda *outcome: None,
-) -> tuple[State, Metrics]:
-    """Train networks that differ in seed and learning rate alone.
-
-    Args:
-      runs: at least one.
-      data: of which the test images are not read.
-      limits: when to stop, and where to leave what is not finished.
-      told: is given the metrics of all runs after every epoch.
-      finish: is given what is returned and the seconds a run, without compilation,
-        before the checkpoint is deleted.
-
-    Returns:
-      The state, and the metrics of every epoch, numpy arrays `(runs, epochs, ...)`.
-
-    Raises:
-      OutOfTime: after the deadline.
-    """
-    first, count = runs[0], len(runs)
-    steps = len(data.train.labels) // first.recipe.batch_size
-    epoch_of, _ = programs(first.recipe, count)
-    keys = jnp.stack([jax.random.key(run.seed) for run in runs])
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-
-    def arguments(epoch: int) -> tuple:
-        rates = np.stack([run.rates(steps, epoch) for run in runs])
-        return fold(keys, epoch + 1), rates, data.train, data.validation
-
-    state = initialise(fold(keys, 0), first.recipe)
-    program = supervised.compiled(epoch_of, state, *arguments(0))
-    history = Metrics(
-        *(
-            np.full((count, first.epochs, *x.shape[1:]), np.nan)
-            for x in program.out_info[1]
-        )
-    )
-    seconds = np.zeros(())
-    with checkpoints([run.key() for run in runs], limits.folder) as saved:
-        done, (state, history, seconds) = saved.restored((state, history, seconds))
-        last_save = time.monotonic()
-        for epoch in range(done, first.epochs):
-            begun = time.perf_counter()
-            state, metrics = program(state, *arguments(epoch))
-            for values, value in zip(history, metrics, strict=True):
-                values[:, epoch] = value
-            seconds = seconds + (time.perf_counter() - begun) / count
-            told(epoch, metrics)
-            now = time.monotonic()
-            late = now > limits.deadline and epoch + 1 < first.epochs
-            if late or now - last_save > limits.every:
-                saved.save(epoch + 1, (state, history, seconds))
-                last_save = now
-            if late:
-                raise OutOfTime
-        finish(state, history, float(seconds))
-    return state, history
 
 
 def make_row(
@@ -342,51 +253,9 @@ def _numbers(values: np.ndarray) -> str:
     return " ".join(f"{value:.4g}" for value in np.asarray(values, float))
 
 
-def train_runs(
-    runs: Sequence[Run],
-    results: Rows,
-    data: Dataset,
-    *,
-    test: bool,
-    limits: Limits = Limits(),
-) -> list[Row] | None:
-    """Train what the results file does not hold; return the rows of all `runs`.
-
-    Without `test` the rows say nothing about the test images. None after the deadline.
-    """
-
-    def train(together: Sequence[Run], progress: tqdm) -> None:
-        _train_and_write(together, results, data, test, limits, progress)
-
-    apart = {"seed": 0, "learning_rate": 1.0}
-    found = supervised.train_missing(runs, results, limits, apart, train)
-    return found if all(found) else None
+def title(recipe: Recipe) -> str:
+    """Return what a progress bar says of a recipe."""
+    return f"{recipe.model}, {recipe.rule}"
 
 
-def _train_and_write(
-    runs: Sequence[Run],
-    results: Rows,
-    data: Dataset,
-    test: bool,
-    limits: Limits,
-    progress: tqdm,
-) -> None:
-    first, known = runs[0], progress.n
-    recipe = first.recipe
-    progress.set_description(f"{first.chosen}: {recipe.model}, {recipe.rule}")
-
-    def told(epoch: int, metrics: Metrics) -> None:
-        progress.update(known + (epoch + 1) * len(runs) - progress.n)
-        accuracies = np.asarray(metrics.validation_accuracy).mean(0)
-        progress.set_postfix_str("accuracy " + " ".join(f"{x:.3f}" for x in accuracies))
-
-    def finish(state: State, history: Metrics, seconds: float) -> None:
-        tested = [None] * len(runs)
-        if test:
-            evaluated = programs(recipe, len(runs))[1](state, data.test)
-            tested = list(zip(*map(np.asarray, evaluated), strict=True))
-        for at, run in enumerate(runs):
-            own = Metrics(*(values[at] for values in history))
-            results.append(make_row(run, own, seconds, tested[at]))
-
-    train_together(runs, data, limits, told, finish)
+TRAINER = Trainer(initialise, train_epoch, evaluate, make_row, title)

@@ -13,10 +13,9 @@ from matplotlib.figure import Figure
 
 from examples.data import Dataset, Split
 from examples.report import KEY, Row
+from examples.runs import Limits, OutOfTime
 from examples.studies import run_of
 from examples.supervised import (
-    Limits,
-    OutOfTime,
     Recipe,
     Run,
     State,

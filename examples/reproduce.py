@@ -22,8 +22,9 @@ import tyro
 from examples import comparison, probes
 from examples.data import Dataset, load_cifar10
 from examples.report import Results
+from examples.runs import Limits
 from examples.studies import STUDIES, Study
-from examples.supervised import Limits, Run, train_runs
+from examples.supervised import Run, train_runs
 
 RESULTS = Path(__file__).parent / "results"
 Name = Literal[(*STUDIES, *probes.PROBES, "report")]

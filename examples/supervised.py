@@ -7,14 +7,12 @@ normalised there. Whatever is stopped goes on from its last checkpoint, with the
 numbers as if it had not been.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax
@@ -27,12 +25,19 @@ from tqdm import tqdm
 
 import orthax
 from examples import optimisers
-from examples.checkpoints import checkpoints
 from examples.data import Dataset, Split
 from examples.data.augmentation import augmented
 from examples.models import CLASSIFIERS
 from examples.models.basic_cnn import BasicCNN
 from examples.report import COLUMNS, EPOCHS_SHOWN, KEY, Results, Row, describe_device
+from examples.runs import (
+    Limits,
+    OutOfTime as OutOfTime,
+    compiled,
+    over_seeds,
+    train_epochs,
+    train_missing,
+)
 
 # ----------------------------------------------------------------- what a run is
 
@@ -230,6 +235,45 @@ def evaluate(state: State, split: Split, recipe: Recipe) -> tuple[jax.Array, jax
     return tuple(total / len(split.labels))
 
 
+def over_batches(
+    step: Callable[..., tuple[Any, Any]],
+    state: Any,
+    key: jax.Array,
+    rates: jax.Array,
+    train: Split,
+    size: int,
+) -> tuple[Any, Any]:
+    """Return the state after a step for every whole batch of shuffled images.
+
+    Args:
+      step: from state, batch, key and learning rate to the next state and anything.
+      state: before.
+      key: of this pass.
+      rates: of every step; traced, so that one compilation serves all.
+      train: the images; those beyond the last whole batch are left over.
+      size: images of a batch.
+
+    Returns:
+      The state, and what the steps gave besides, stacked.
+    """
+    whole = len(train.labels) // size
+    rows, _ = _divided(_shuffled(key, len(train.labels)), whole, size)
+
+    def one(state: Any, at: tuple) -> tuple[Any, Any]:
+        rows, rate, number = at
+        return step(state, _batch(train, rows), jax.random.fold_in(key, number), rate)
+
+    return jax.lax.scan(one, state, (rows, rates[:whole], 1 + jnp.arange(whole)))
+
+
+def _shuffled(key: jax.Array, count: int) -> jax.Array:
+    return jax.random.permutation(jax.random.fold_in(key, 0), count)
+
+
+def _batch(split: Split, rows: jax.Array) -> Split:
+    return Split(split.images[rows], split.labels[rows])
+
+
 def train_epoch(
     state: State,
     key: jax.Array,
@@ -244,20 +288,15 @@ def train_epoch(
     The images beyond the last whole batch make a smaller one. The learning rates are
     traced: one compilation serves every rate and seed.
     """
-    whole, rest = divmod(len(train.labels), recipe.batch_size)
-    order = jax.random.permutation(jax.random.fold_in(key, 0), len(train.labels))
-    rows, last = _divided(order, whole, recipe.batch_size)
-
-    def step(state: State, at: tuple) -> tuple[State, jax.Array]:
-        rows, rate, number = at
-        batch = Split(train.images[rows], train.labels[rows])
-        return train_step(state, batch, jax.random.fold_in(key, number), rate, recipe)
-
-    numbers = 1 + jnp.arange(whole + 1)
-    state, sums = jax.lax.scan(step, state, (rows, rates[:whole], numbers[:whole]))
+    size = recipe.batch_size
+    whole, rest = divmod(len(train.labels), size)
+    step = functools.partial(train_step, recipe=recipe)
+    state, sums = over_batches(step, state, key, rates, train, size)
     sums = sums.sum(0)
     if rest:
-        state, more = step(state, (last, rates[whole], numbers[whole]))
+        last = _batch(train, _shuffled(key, len(train.labels))[whole * size :])
+        key_of_last = jax.random.fold_in(key, 1 + whole)
+        state, more = step(state, last, key_of_last, rates[whole])
         sums += more
     return state, Metrics(
         *(sums / len(train.labels)), *evaluate(state, validation, recipe)
@@ -274,23 +313,6 @@ def _divided(tree, whole: int, size: int):
 
 
 # ------------------------------------------------------- runs with different seeds
-
-
-def over_seeds(f: Callable, seeds: int, along: int) -> Callable:
-    """Lift `f` to as many seeds along the first axis of its first arguments.
-
-    For one seed nothing is batched: a CPU would be slower.
-    """
-    if seeds > 1:
-        return lambda *args: jax.vmap(f, (0,) * along + (None,) * (len(args) - along))(
-            *args
-        )
-
-    def one(*args):
-        first = jax.tree.map(lambda x: x[0], args[:along])
-        return jax.tree.map(lambda x: x[None], f(*first, *args[along:]))
-
-    return one
 
 
 @functools.lru_cache(maxsize=32)
@@ -310,27 +332,6 @@ class History(NamedTuple):
     validation_loss: np.ndarray
     validation_accuracy: np.ndarray
     seconds: np.ndarray  # training and validation, without compilation
-
-
-class OutOfTime(Exception):
-    """The deadline has passed; what was trained is in a checkpoint."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """When to write a checkpoint, when to stop, and how many seeds to train at once.
-
-    Attributes:
-      folder: of the checkpoints; none are written without.
-      every: seconds between two checkpoints.
-      deadline: stop after the epoch that passes it, in `time.monotonic` seconds.
-      seeds_at_once: runs that differ in their seeds alone trained side by side.
-    """
-
-    folder: Path | None = None
-    every: float = 60.0
-    deadline: float = math.inf
-    seeds_at_once: int = 1
 
 
 def train_together(
@@ -370,53 +371,38 @@ def train_together(
     state = start(fold(keys, 0))
     history = History(*np.full((len(History._fields), seeds, first.epochs), np.nan))
     steps = -(-len(train.labels) // first.recipe.batch_size)
-    with checkpoints([run.key() for run in runs], limits.folder) as saved:
-        done, (state, history) = saved.restored((state, history))
-        arguments = (fold(keys, 1), first.rates(steps, 0), train, validation)
-        program = compiled(epoch_of, state, *arguments) if done < first.epochs else None
-        last_save = time.monotonic()
-        for epoch in range(done, first.epochs):
-            rates = first.rates(steps, epoch)
-            begun = time.perf_counter()
-            state, metrics = program(
-                state, fold(keys, epoch + 1), rates, train, validation
-            )
-            values = np.asarray(jnp.stack(metrics))
-            seconds = (time.perf_counter() - begun) / seeds
-            lost = ~np.isfinite(values).all(0)
-            if epoch:
-                lost |= np.isnan(history.train_loss[:, epoch - 1])
-            values = np.where(lost, np.nan, values)
-            for name, value in zip(history, (*values, seconds), strict=True):
-                name[:, epoch] = value
-            told(epoch, history)
-            watch(epoch, state)
-            if lost.all():
-                break
-            now = time.monotonic()
-            late = now > limits.deadline and epoch + 1 < first.epochs
-            if late or now - last_save > limits.every:
-                saved.save(epoch + 1, (state, history))
-                last_save = time.monotonic()
-            if late:
-                raise OutOfTime
-        finish(state, history)
-    return state, history
+    arguments = (fold(keys, 1), first.rates(steps, 0), train, validation)
+    program = compiled(epoch_of, state, *arguments)
 
+    def step(epoch: int, tree: tuple[State, History]) -> tuple[State, History]:
+        state, history = tree
+        rates = first.rates(steps, epoch)
+        begun = time.perf_counter()
+        state, metrics = program(state, fold(keys, epoch + 1), rates, train, validation)
+        values = np.asarray(jnp.stack(metrics))
+        seconds = (time.perf_counter() - begun) / seeds
+        lost = ~np.isfinite(values).all(0)
+        if epoch:
+            lost |= np.isnan(history.train_loss[:, epoch - 1])
+        values = np.where(lost, np.nan, values)
+        for name, value in zip(history, (*values, seconds), strict=True):
+            name[:, epoch] = value
+        told(epoch, history)
+        watch(epoch, state)
+        return state, history
 
-_PROGRAMS: dict[tuple, Callable] = {}
-_MOST_PROGRAMS = 32
+    def all_lost(tree: tuple[State, History]) -> bool:
+        seen = np.isfinite(tree[1].seconds[0]).sum()
+        return bool(np.isnan(tree[1].train_loss[:, seen - 1]).all())
 
-
-def compiled(f: Callable, *args) -> Callable:
-    """Return the program of a jitted function: no epoch's time is compilation."""
-    shapes = ((jnp.shape(x), jnp.result_type(x)) for x in jax.tree.leaves(args))
-    key = (f, *shapes)
-    if key not in _PROGRAMS:
-        while len(_PROGRAMS) >= _MOST_PROGRAMS:
-            del _PROGRAMS[next(iter(_PROGRAMS))]
-        _PROGRAMS[key] = f.lower(*args).compile()
-    return _PROGRAMS[key]
+    return train_epochs(
+        runs,
+        step,
+        (state, history),
+        limits,
+        finish=lambda tree: finish(*tree),
+        is_over=all_lost,
+    )
 
 
 def check_batches(recipe: Recipe, count: int) -> None:
@@ -508,55 +494,6 @@ def train_runs(
 
     found = train_missing(runs, results, limits, {"seed": 0}, train)
     return [row for row in found if row]
-
-
-def train_missing(
-    runs: Sequence[Any],
-    results: Results,
-    limits: Limits,
-    apart: Mapping[str, Any],
-    train: Callable[[list[Any], tqdm], None],
-) -> list[Row | None]:
-    """Train what the results file does not hold; return the row of every run.
-
-    Args:
-      runs: dataclasses with `epochs` and a method `key`.
-      results: which are finished; `train` adds to it.
-      limits: how many run side by side, and when no further ones are started.
-      apart: the fields in which runs side by side may differ, with any value.
-      train: trains runs side by side, and tells a progress bar of epochs.
-
-    Returns:
-      Rows, None for what is not finished after the deadline.
-    """
-    missing = [run for run in runs if results.find(run.key()) is None]
-    if len(missing) < len(runs):
-        print(
-            f"{len(runs) - len(missing)} of {len(runs)} runs skipped: finished in "
-            f"{results.path}"
-        )
-    epochs = sum(run.epochs for run in missing)
-    with (
-        contextlib.suppress(OutOfTime),
-        tqdm(total=epochs, unit="epoch", disable=not missing) as progress,
-    ):
-        for together in _side_by_side(missing, limits.seeds_at_once, apart):
-            train(together, progress)
-            if time.monotonic() > limits.deadline:
-                break
-    return [results.find(run.key()) for run in runs]
-
-
-def _side_by_side(
-    runs: Sequence[Any], most: int, apart: Mapping[str, Any]
-) -> Iterator[list[Any]]:
-    """Yield runs that differ in some fields alone, so many at most."""
-    groups: dict[Any, list[Any]] = {}
-    for run in runs:
-        groups.setdefault(dataclasses.replace(run, **apart), []).append(run)
-    for group in groups.values():
-        for i in range(0, len(group), most):
-            yield group[i : i + most]
 
 
 def _train_and_write(

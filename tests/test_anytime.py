@@ -17,10 +17,15 @@ import pytest
 from compiling import compiled, hasty_jit
 from flax import nnx
 
-from examples import anytime, anytime_report as report, anytime_training as training
+from examples import (
+    anytime,
+    anytime_report as report,
+    anytime_training as training,
+    side_by_side,
+)
 from examples.data import Dataset, Split, load_digits
 from examples.models.anytime import MODELS, make_mlp, make_resnet
-from examples.supervised import Limits
+from examples.runs import Limits
 from examples.task_rules import RULES
 
 SHORT = (
@@ -120,12 +125,14 @@ def test_tuning_needs_no_test_images(tmp_path, finished, digits):
     assert anytime.tune(config, recipe, results, data, limits) == 0.1
     runs = anytime.plan(config, recipe, "tuned", (0.1,))
     with pytest.raises(AttributeError, match="labels"):
-        training.train_runs(runs[:2], results, data, test=True, limits=limits)
+        side_by_side.train_runs(
+            training.TRAINER, runs[:2], results, data, test=True, limits=limits
+        )
 
 
 def test_finished_runs_are_skipped(finished, monkeypatch, capsys):
     before = (finished / "anytime.csv").read_bytes()
-    monkeypatch.delattr(training, "train_together")
+    monkeypatch.delattr(side_by_side, "train_together")
     anytime.main([*SHORT, *folders(finished)])
     assert (finished / "anytime.csv").read_bytes() == before
     assert "2 of 2 runs skipped" in capsys.readouterr().out
@@ -139,16 +146,16 @@ def test_what_is_stopped_goes_on_with_the_same_numbers(
         assert "out of time; started again, it goes on" in capsys.readouterr().out
     assert not (tmp_path / "anytime.csv").exists()
     begun = []
-    train_epochs = training.train_together
+    train_epochs = side_by_side.train_together
 
-    def train_together(runs, data, limits, told, finish):
+    def train_together(trainer, runs, data, limits, told, finish):
         def also_told(epoch, metrics):
             begun.append(epoch)
             told(epoch, metrics)
 
-        return train_epochs(runs, data, limits, also_told, finish)
+        return train_epochs(trainer, runs, data, limits, also_told, finish)
 
-    monkeypatch.setattr(training, "train_together", train_together)
+    monkeypatch.setattr(side_by_side, "train_together", train_together)
     anytime.main([*SHORT, *folders(tmp_path)])
     assert begun[:4] == [2, 0, 1, 2]
     for ours, theirs in zip(read(tmp_path), read(finished), strict=True):

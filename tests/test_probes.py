@@ -11,7 +11,7 @@ from flax import nnx
 
 from examples import probes, supervised
 from examples.data import Dataset, Split
-from examples.supervised import Limits
+from examples.runs import Limits
 
 
 def make_split(n, seed):

@@ -5,6 +5,7 @@ import importlib.metadata
 from orthax import (
     components as components,
     diagnostics as diagnostics,
+    low_rank as low_rank,
     optimisers as optimisers,
     polar as polar,
     transforms as transforms,

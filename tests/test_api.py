@@ -5,7 +5,15 @@ import inspect
 import pytest
 
 import orthax
-from orthax import components, diagnostics, nn, optimisers, polar, transforms
+from orthax import (
+    components,
+    diagnostics,
+    low_rank,
+    nn,
+    optimisers,
+    polar,
+    transforms,
+)
 
 ROOMS = {
     "polar": polar,
@@ -13,6 +21,7 @@ ROOMS = {
     "transforms": transforms,
     "optimisers": optimisers,
     "diagnostics": diagnostics,
+    "low_rank": low_rank,
     "nn": nn,
 }
 PUBLIC = {
@@ -28,7 +37,7 @@ NAMES_AT_THE_ROOT = [
     *("polar_factor", "orthogonalise", "orthogonalize", "explain", "scale_by_shape"),
     *("normalise", "normalise_components", "muon", "normuon"),
     *("orthogonal_sgd", "orthogonal_adam", "orthogonal_lars"),
-    *("polar", "components", "transforms", "optimisers", "diagnostics"),
+    *("polar", "components", "transforms", "optimisers", "diagnostics", "low_rank"),
 ]
 each = pytest.mark.parametrize("name", PUBLIC)
 each_function = pytest.mark.parametrize("name", FUNCTIONS)

@@ -22,3 +22,4 @@ from orthax.diagnostics._representations import (
     cosine_threshold as cosine_threshold,
     representation_cosines as representation_cosines,
 )
+from orthax.diagnostics._stability import basis_stability as basis_stability

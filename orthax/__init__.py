@@ -1,6 +1,8 @@
 """Orthogonal polar factors of gradients, activations and weights, for JAX and Optax."""
 
+import importlib
 import importlib.metadata
+from types import ModuleType
 
 from orthax import (
     components as components,
@@ -31,6 +33,13 @@ from orthax.transforms import (
 __version__ = "0.1.0"
 
 orthogonalize = orthogonalise
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import `orthax.nn`, and Flax with it, when it is first asked for."""
+    if name == "nn":
+        return importlib.import_module("orthax.nn")
+    raise AttributeError(f"module 'orthax' has no attribute {name!r}")
 
 
 def _refuse_the_other_orthax() -> None:

@@ -54,6 +54,12 @@ def orthogonal_sgd(
     References:
       Tuddenham et al. 2022, arXiv 2202.07052, equations (6) and (7).
     """
+    transforms.check_hyperparameters(
+        ("momentum", "weight_decay"),
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+    )
     return optax.chain(
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         _decayed(weight_decay),
@@ -107,6 +113,14 @@ def orthogonal_adam(
     References:
       Tuddenham et al. 2022, arXiv 2202.07052, Section 2.3.2 and Table 2.
     """
+    transforms.check_hyperparameters(
+        ("weight_decay",),
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
     return optax.chain(
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         _decayed(weight_decay),
@@ -167,6 +181,14 @@ def orthogonal_lars(
       "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888; Zbontar
       et al.: "Barlow Twins", 2021, arXiv 2103.03230.
     """
+    transforms.check_hyperparameters(
+        ("bias_learning_rate",),
+        learning_rate=learning_rate,
+        bias_learning_rate=bias_learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        trust_coefficient=trust_coefficient,
+    )
     if bias_learning_rate is None:
         bias_learning_rate = learning_rate
     ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
@@ -247,6 +269,17 @@ def muon(
       https://kellerjordan.github.io/posts/muon; Liu et al.: "Muon is Scalable for LLM
       Training", 2025, arXiv 2502.16982 (weight decay, `RMSMatch`).
     """
+    transforms.check_hyperparameters(
+        ("adam_learning_rate",),
+        learning_rate=learning_rate,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps=adam_eps,
+        adam_weight_decay=adam_weight_decay,
+    )
     matrices = optax.chain(
         _averaged(momentum, nesterov, momentum_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
@@ -327,6 +360,19 @@ def normuon(
       Li et al.: "NorMuon: Making Muon more efficient and scalable", 2025, arXiv
       2510.05491, Algorithm 1.
     """
+    transforms.check_hyperparameters(
+        ("adam_learning_rate",),
+        learning_rate=learning_rate,
+        momentum=momentum,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        adam_learning_rate=adam_learning_rate,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        adam_eps=adam_eps,
+        adam_weight_decay=adam_weight_decay,
+    )
     matrices = optax.chain(
         _averaged(momentum, nesterov, momentum_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),

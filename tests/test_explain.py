@@ -1,4 +1,7 @@
-"""What `explain` says an update costs: stacks, operations and bytes, by hand."""
+"""What `explain` says an update costs, by hand, and how it prints."""
+
+import html.parser
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +9,7 @@ import pytest
 
 import orthax
 from orthax import components, polar
+from orthax.components import ByName, ByPath, Matricisation
 
 TREE = {
     "a": {"kernel": jax.ShapeDtypeStruct((3, 3, 16, 64), "float32")},  # 144 x 64
@@ -100,3 +104,150 @@ def test_the_rule_and_the_method_are_checked():
     found = orthax.explain(ambiguous, components.ByName())
     assert found.rows[0].error
     assert found.stacks == ()
+
+
+def struct(*shape):
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+
+def block(i):
+    """Return leaves with long names, large shapes, long reasons and errors."""
+    attention = {"query": struct(768, 12, 64), "out": struct(12, 64, 768)}
+    leaves = {f"self_attention/multi_head/{k}/kernel": x for k, x in attention.items()}
+    leaves["downsample_convolution/kernel"] = struct(3, 3, 512, 2048)
+    leaves["a_name_that_does_not_end_before_everybody_is_asleep_and_more/w"] = struct(
+        768, 3072
+    )
+    leaves["temporal_convolution/kernel"] = struct(3, 256, 1024)
+    leaves["position_dependent/mixing_matrix"] = struct(48, 48)
+    leaves["expert_gates/fused/kernel"] = struct(512, 2048)
+    return {f"encoder_stack/layers_{i}/{path}": x for path, x in leaves.items()}
+
+
+GATES = ("gates", Matricisation((0,), (1,), blocks=(512, 256, 256, 1024)))
+DEEP = {f"transformer/{path}": x for i in range(12) for path, x in block(i).items()}
+
+
+def reason(row):
+    return f"? {row.reason}" if row.guess else row.reason
+
+
+@pytest.mark.parametrize("rule", [ByName(), ByName(attention="per_head")])
+def test_the_table_fits_a_page_and_loses_no_number(rule):
+    found = orthax.explain(DEEP, rule, platform="gpu")
+    text = str(found)
+    assert max(map(len, text.splitlines())) <= 100
+    table = text.split("\n\n")[0].splitlines()
+    starts = [match.start() for match in re.finditer(r"\S+", table[0])]
+    columns = [
+        [line[a:b].strip() for line in table[1:]]
+        for a, b in zip(starts, [*starts[1:], None], strict=True)
+    ]
+    # Lines with a shape begin a leaf; a path may go on below.
+    paths, shapes_shown = [], []
+    for path, shape in zip(columns[0], columns[1], strict=True):
+        if shape:
+            paths.append("")
+            shapes_shown.append(shape)
+        paths[-1] += path
+    assert shapes_shown == [str(row.shape) for row in found.rows]
+    assert len(set(paths)) == len(paths), "two leaves look alike"
+    assert any("..." in path for path in paths)
+    for path, row in zip(paths, found.rows, strict=True):
+        numbers = re.findall(r"\d+", row.path)
+        assert re.findall(r"\d+", path) == numbers
+        assert path.split("/")[-1] == row.path.split("/")[-1]
+    why = "".join("".join(columns[-1]).split())
+    assert why == "".join("".join(map(reason, found.rows)).split())
+
+
+def test_paths_that_would_look_alike_are_not_shortened():
+    middles = ("first_of_the_two_middles", "second_of_the_two_middles")
+    tree = {f"model/{m}/more_in_between/{'x' * 30}/w": struct(9, 9) for m in middles}
+    text = str(orthax.explain(tree))
+    assert max(map(len, text.splitlines())) <= 100
+    for middle in middles:
+        assert f"model/{middle}" in text
+
+
+def test_matrices_of_many_sizes_are_broken_between_them():
+    rule = ByPath([GATES, ("", None)])
+    text = str(orthax.explain(DEEP | {"gates/kernel": struct(512, 2048)}, rule))
+    assert max(map(len, text.splitlines())) <= 100
+    for n in GATES[1].blocks:
+        assert f"1 x (512 x {n})" in text
+
+
+def test_a_table_that_fits_is_left_as_it_is():
+    short = {"encoder/layers/kernel": struct(3, 4)}
+    head, line, *_ = str(orthax.explain(short)).splitlines()
+    assert head.split()[:4] == ["leaf", "shape", "rows", "columns"]
+    cells = ("encoder/layers/kernel", "(3, 4)", "0", "1", "-", "1 x (3 x 4)")
+    assert re.split("  +", line) == [*cells, "dense kernel"]
+
+
+def test_errors_are_wrapped_and_their_advice_is_given_once():
+    text = str(orthax.explain(DEEP, platform="gpu"))
+    assert text.count("Say what it is") == 1
+    assert " ".join(text.split()).count("temporal_convolution/kernel' of shape") == 10
+
+
+@pytest.mark.parametrize(
+    ("rule", "unused"),
+    [
+        (ByName(skip=("heads", "c")), ("skip 'heads'",)),
+        (ByName(stacked=("layer", ("a", 0))), ("stacked 'layer'",)),
+        (ByPath([("conv", None), ("kernel|bias", None)]), ("pattern 'conv'",)),
+        (components.OnlyConvolutions(ByName(skip=("hat",))), ("skip 'hat'",)),
+        (ByName(skip=("a/kernel",)), ()),
+    ],
+)
+def test_what_the_rule_names_and_no_path_has_is_said(rule, unused):
+    found = orthax.explain(TREE, rule)
+    assert found.unused == unused
+    assert ("names what is in no path" in str(found)) == bool(unused)
+    for name in unused:
+        assert name in str(found)
+
+
+class Cells(html.parser.HTMLParser):
+    """The text of every cell, and every tag."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.tags, self.open = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag not in ("br",):
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def test_notebooks_get_html_with_nothing_shortened_and_all_escaped():
+    tree = DEEP | {"<script>alert('x')</script> & co/kernel": struct(4, 5)}
+    found = orthax.explain(tree, platform="gpu")
+    text = found._repr_html_()
+    read = Cells()
+    read.feed(text)
+    assert not read.open
+    assert {*read.tags} == {"table", "thead", "tbody", "tr", "th", "td", "p", "br"}
+    for row in found.rows:
+        assert {row.path, str(row.shape)} <= {*read.cells}
+    assert any(cell.startswith("? any leaf of rank 2") for cell in read.cells)
+    assert "one update" in read.cells
+    assert "..." not in "".join(read.cells)
+    assert "Worked on together on gpu by NewtonSchulz()" in text
+
+
+def test_an_explanation_without_leaves_prints():
+    assert "0 of 0 leaves" in str(orthax.explain({}))
+    assert "0 of 0 leaves" in orthax.explain({})._repr_html_()

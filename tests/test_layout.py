@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import orthax
+
 ROOT = pathlib.Path(__file__).parents[1] / "orthax"
 # What each room may import, besides the standard library and numpy.
 ALLOWED = {
@@ -17,6 +19,9 @@ ALLOWED = {
     "diagnostics": {"jax", "polar", "components"},
     "nn": {"jax", "polar", "flax"},
     "optimisers": {"jax", "transforms", "components", "polar", "optax"},
+    # `python -m orthax`, outside of the house.
+    "__main__": {"jax", "polar", "_self_check", "__version__"},
+    "_self_check": {"jax", "polar"},
 }
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
 
@@ -78,6 +83,18 @@ def test_import_is_light():
     assert not {"flax", "equinox", "haiku", "chex", "tensorflow", "sklearn"} & set(
         loaded
     )
+
+
+def test_flax_is_imported_when_it_is_asked_for():
+    program = (
+        "import orthax, sys; rule = orthax.nn.Polar(); print('flax' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True"]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        orthax.nothing  # noqa: B018
 
 
 def test_the_other_orthax_is_refused_with_the_way_out(tmp_path):

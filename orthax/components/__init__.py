@@ -28,5 +28,6 @@ from orthax.components._stacking import Group as Group, Stacking as Stacking
 from orthax.components._tree import (
     Leaf as Leaf,
     decide_all as decide_all,
+    in_one_message as in_one_message,
     resolve as resolve,
 )

@@ -74,8 +74,12 @@ class ByName:
                 isinstance(pair, Sequence)
                 and [type(part) for part in pair] == [str, int]
             ):
+                advice = ""
+                if [type(part) for part in self.stacked] == [str, int]:
+                    advice = f" For one pair write stacked=({tuple(self.stacked)!r},)."
                 raise TypeError(
                     f"`stacked` holds names or pairs (name, axis), got {entry!r}."
+                    f"{advice}"
                 )
             stacked.append(tuple(pair))
         skip = _sequence("skip", self.skip)
@@ -105,6 +109,17 @@ class ByName:
         )
         return found._replace(cut=Matricisation(rows, columns, spatial=spatial))
 
+    def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """Return which of the names given are in none of the paths, for `explain`."""
+        parts = [re.split(r"[/~]+", path) for path in paths]
+        names = [("skip", name) for name in self.skip]
+        names += [("stacked", name) for name, _ in self.stacked]
+        return tuple(
+            f"{kind} {name!r}"
+            for kind, name in names
+            if all(_position(name, own) is None for own in parts)
+        )
+
     def _unstacked(self, path: str, parts: list[str], ndim: int) -> list[int]:
         """Return the axes that are left when the declared scan axes are taken out."""
         found = [(_position(name, parts), name, axis) for name, axis in self.stacked]
@@ -133,8 +148,8 @@ def _by_name(parts: list[str], shape: list[int], attention: str) -> Decision | s
         return _kernel(parts, shape, attention)
     if name == "weight":
         return (
-            "'weight' is what Equinox calls embeddings and layers alike: use "
-            "components.from_model(model)"
+            "'weight' is what Equinox calls embeddings and layers alike, and "
+            "components.from_model(model) tells apart"
         )
     if rank > 2:
         return f"the name {name!r} does not tell the axes of a leaf of rank {rank}"
@@ -218,7 +233,8 @@ def _position(name: str, parts: list[str]) -> int | None:
 
 def _sequence(name: str, value: Any) -> Sequence:
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"`{name}` must be a sequence of names, got {value!r}.")
+        advice = f" Write {name}=({value!r},)." if isinstance(value, str) else ""
+        raise TypeError(f"`{name}` must be a sequence of names, got {value!r}.{advice}")
     return value
 
 

@@ -11,7 +11,7 @@ import jax
 from orthax.components._by_name import ByName, check_attention
 from orthax.components._layers import framework_of, leaves_of
 from orthax.components._matricisation import Matricisation
-from orthax.components._rule import Decision, checked_patterns, match
+from orthax.components._rule import Decision, checked_patterns, match, not_found
 from orthax.components._tree import path_string
 
 
@@ -69,6 +69,10 @@ class FromModel:
                 "Matricisation(rows=..., columns=...))], or None to leave it alone."
             ) from None
         return found._replace(reason=f"{found.reason}; its module is not known")
+
+    def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """Return which overrides are found in none of the paths, for `explain`."""
+        return not_found(self.overrides, paths)
 
     @functools.cached_property
     def _by_path(self) -> dict[str, tuple[int, Decision | None]]:

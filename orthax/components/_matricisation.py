@@ -58,8 +58,21 @@ class Matricisation:
         for name in ("rows", "columns", "spatial"):
             object.__setattr__(self, name, _axes(name, getattr(self, name)))
         if not isinstance(self.blocks, int):
+            if not isinstance(self.blocks, Sequence):
+                raise TypeError(
+                    "`blocks` must be an integer, or the sizes of the blocks, got "
+                    f"{self.blocks!r}."
+                )
             object.__setattr__(self, "blocks", _axes("blocks", self.blocks))
         self._check()
+
+    def __repr__(self) -> str:
+        """Return what one types, without defaults."""
+        said = [repr(self.rows), repr(self.columns)]
+        for field in dataclasses.fields(self)[2:]:
+            value = getattr(self, field.name)
+            said += [] if value == field.default else [f"{field.name}={value!r}"]
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def _check(self) -> None:
         if not self.rows or not self.columns:
@@ -183,7 +196,15 @@ class Matricisation:
 
 
 def _axes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    axes = (value,) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        axes = (value,)
+    elif isinstance(value, Sequence):
+        axes = tuple(value)
+    else:
+        raise TypeError(
+            f"`{name}` must be axes, integers such as (0, 1), got {value!r}; for a "
+            "leaf that is no matrix write None instead of a Matricisation."
+        )
     if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
         raise TypeError(f"`{name}` must be integers, got {value!r}.")
     return axes

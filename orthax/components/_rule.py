@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -52,19 +53,43 @@ def check_rule(rule: Rule) -> None:
     Raises:
       TypeError: if it is a class, has no `resolve`, or is callable.
     """
-    found = f"`rule` must be a rule such as components.ByName(), got {rule!r}"
+    # Trees and models, which land here too, have endless ones.
+    shown = rule if isinstance(rule, type) else reprlib.repr(rule)
+    found = f"`rule` must be a rule such as components.ByName(), got {shown}"
     if isinstance(rule, type):
         raise TypeError(f"{found}: a class; write {rule.__name__}().")
     if not isinstance(rule, Rule):
-        advice = ""
-        if isinstance(rule, list | tuple | dict):
-            advice = " For a list of patterns write components.ByPath([...])."
-        raise TypeError(f"{found} of type {type(rule).__name__}.{advice}")
+        raise TypeError(f"{found} of type {type(rule).__name__}.{_advice(rule)}")
     if callable(rule):
         raise TypeError(
             f"{found}, which is callable: optax.inject_hyperparams would take it for "
             "a schedule. Make it a frozen dataclass with a method `resolve`."
         )
+
+
+def _advice(rule: Any) -> str:
+    """Return what to write instead of something that is no rule."""
+    if rule is None:
+        return " Leave it out for the default; to leave leaves alone: ByName(skip=...)."
+    if isinstance(rule, Matricisation):
+        return f' For all leaves: components.ByPath([("", {rule!r})]).'
+    if hasattr(rule, "flops"):
+        return " It says how polar factors are computed: write method=... before it."
+    if hasattr(rule, "update") and hasattr(rule, "init"):
+        return " A gradient transformation is none: give the rule that it was given."
+    if isinstance(rule, list | tuple | dict):
+        return (
+            " For a list of patterns write components.ByPath([...]); a rule is not a "
+            "tree like the parameters."
+        )
+    if getattr(rule, "__name__", "") == "from_model":
+        return " Call it with the model: components.from_model(model)."
+    if callable(rule):
+        return (
+            " Of a model make one by components.from_model(model), of a function a "
+            "frozen dataclass with a method `resolve(path, leaf)`."
+        )
+    return ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +140,10 @@ class ByPath:
             )
         return found
 
+    def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """Return which patterns are found in none of the paths, for `explain`."""
+        return not_found(self.patterns, paths)
+
 
 def match(
     patterns: Sequence[tuple[str, Matricisation | None]], path: str, leaf: Any
@@ -135,14 +164,34 @@ def match(
     return None
 
 
+def not_found(
+    patterns: Sequence[tuple[str, Matricisation | None]], paths: Sequence[str]
+) -> tuple[str, ...]:
+    """Return the patterns that are found in none of the paths."""
+    return tuple(
+        f"pattern {pattern!r}"
+        for pattern, _ in patterns
+        if not any(re.search(pattern, path) for path in paths)
+    )
+
+
 def checked_patterns(
     patterns: Sequence[tuple[str, Matricisation | None]],
 ) -> tuple[tuple[str, Matricisation | None], ...]:
     """Return the patterns as a tuple, or raise at the first one that is malformed."""
     if isinstance(patterns, str | dict) or not isinstance(patterns, Sequence):
+        advice = ""
+        if isinstance(patterns, dict):
+            advice = " Write the dict's items, in the order in which they are to be"
+            advice += f" tried: {[*patterns.items()]!r}."
         raise TypeError(
             "Patterns must be a sequence of pairs (regular expression, Matricisation "
-            f"or None), got {patterns!r}."
+            f"or None), got {patterns!r}.{advice}"
+        )
+    if len(patterns) == 2 and isinstance(patterns[0], str):
+        raise TypeError(
+            "Patterns must be a sequence of pairs (regular expression, Matricisation "
+            f"or None), got one pair alone: write [{tuple(patterns)!r}]."
         )
     pairs = []
     for i, entry in enumerate(patterns):
@@ -156,13 +205,14 @@ def checked_patterns(
         if not (cut is None or isinstance(cut, Matricisation)):
             raise TypeError(
                 f"Pattern {pattern!r} gives {cut!r} of type {type(cut).__name__}; "
-                "expected a Matricisation or None."
+                "expected a Matricisation, such as Matricisation((0,), (1,)), or None."
             )
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"Pattern {pattern!r} is no regular expression: {error}."
+                f"Pattern {pattern!r} is no regular expression: {error}. It is found "
+                "anywhere in the path; for any characters write '.*', not '*'."
             ) from None
         pairs.append((pattern, cut))
     return tuple(pairs)
@@ -201,6 +251,10 @@ class OnlyConvolutions:
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
         """Return the cut of the leaf at `path`, if it is a convolution."""
         return self.decide(path, leaf).cut
+
+    def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
+        """Return what the rule that is asked names and no path has."""
+        return self.rule.unused(paths) if hasattr(self.rule, "unused") else ()
 
     def decide(self, path: str, leaf: Any) -> Decision:
         """Return the cut of the leaf at `path`, with the reason."""

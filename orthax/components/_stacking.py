@@ -78,8 +78,11 @@ class Stacking:
         limit = self.max_bytes
         if limit is not None:
             if isinstance(limit, bool) or not isinstance(limit, int):
+                advice = ""
+                if isinstance(limit, float) and math.isfinite(limit):
+                    advice = f" Write {int(limit)}."
                 raise TypeError(
-                    f"`max_bytes` must be an integer or None, got {limit!r}."
+                    f"`max_bytes` must be an integer or None, got {limit!r}.{advice}"
                 )
             if limit < 1:
                 raise ValueError(f"`max_bytes` must be positive, got {limit}.")

@@ -1,5 +1,8 @@
 """A tree read leaf by leaf: paths, which leaves can be cut, and how they are."""
 
+import re
+import reprlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,9 +64,7 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
     decided = decide_all(tree, rule)
     errors = [leaf.error for leaf in decided if leaf.error]
     if errors:
-        more = len(errors) - _SHOWN
-        rest = [f"... and {more} more leaves."] if more > 0 else []
-        raise ValueError("\n".join(errors[:_SHOWN] + rest))
+        raise ValueError(in_one_message(errors))
     asked = [leaf for leaf in decided if can_be_cut(leaf.value)]
     if asked and not any(leaf.decision.cut for leaf in asked):
         shown = ", ".join(f"'{leaf.path}' {leaf.value.shape}" for leaf in asked[:3])
@@ -74,6 +75,39 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
             "matrices, or leave the tree out with optax.masked."
         )
     return [Leaf(leaf.path, leaf.value, leaf.decision.cut) for leaf in decided]
+
+
+def in_one_message(errors: Sequence[str]) -> str:
+    """Return the errors of several leaves as one message.
+
+    Args:
+      errors: the messages that a rule raised, one for each leaf.
+
+    Returns:
+      A line for each of the first ten, and how many there are besides. The sentences
+      that all of them end with, the advice, follow once.
+
+    Example:
+      >>> from orthax import components
+      >>> errors = ["'a' is odd. Say what.", "'b' is odd. Say what."]
+      >>> print(components.in_one_message(errors))
+      'a' is odd.
+      'b' is odd.
+      Say what.
+    """
+    # Between the sentences of each, and of them the last that are the same.
+    sentences = [re.split(r"(?<=\.) ", error) for error in errors]
+    same = 0
+    while len(errors) > 1 and all(len(own) > same + 1 for own in sentences):
+        if len({own[-1 - same] for own in sentences}) > 1:
+            break
+        same += 1
+    cut = [len(own) - same for own in sentences]
+    lines = [" ".join(own[:n]) for own, n in zip(sentences, cut, strict=True)]
+    more = len(lines) - _SHOWN
+    rest = [f"... and {more} more leaves."] if more > 0 else []
+    advice = [" ".join(sentences[0][cut[0] :])] if same else []
+    return "\n".join(lines[:_SHOWN] + rest + advice)
 
 
 def decide_all(tree: Any, rule: Rule) -> list[Decided]:
@@ -97,8 +131,9 @@ def _decided(path: str, leaf: Any, rule: Rule) -> Decided:
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         if isinstance(leaf, bool | int | float | complex):
             return Decided(path, leaf, Decision(None, "a scalar"), None)
+        what = f"Leaf '{path}'" if path else "The tree"
         raise TypeError(
-            f"Leaf '{path}' is {leaf!r} of type {type(leaf).__name__}, not an array: "
+            f"{what} is {_shown(leaf)} of type {type(leaf).__name__}, not an array: "
             "pass the parameters alone (nnx.state(model, nnx.Param), "
             "variables['params'], or eqx.filter(model, eqx.is_inexact_array))."
         )
@@ -115,6 +150,13 @@ def _decided(path: str, leaf: Any, rule: Rule) -> Decided:
             message = f"Leaf '{path}' of shape {tuple(leaf.shape)}: {message}"
         return Decided(path, leaf, None, message)
     return Decided(path, leaf, decision, None)
+
+
+def _shown(leaf: Any) -> str:
+    """Return the beginning of what a leaf prints: a module may print a page."""
+    text = repr(leaf)
+    short = len(text) < 80 and "\n" not in text
+    return text if short else " ".join(reprlib.repr(leaf).split())
 
 
 def can_be_cut(leaf: Any) -> bool:

@@ -4,6 +4,7 @@ Shapes: `b` stacked matrices, `m` rows, `n` columns, `*batch` any leading axes.
 """
 
 from orthax.polar._auto import Auto as Auto
+from orthax.polar._checks import check_method as check_method
 from orthax.polar._coefficients import (
     CANS as CANS,
     CLASSIC_CUBIC as CLASSIC_CUBIC,
@@ -18,7 +19,6 @@ from orthax.polar._gram_eigh import GramEigh as GramEigh
 from orthax.polar._method import PolarMethod as PolarMethod
 from orthax.polar._newton_schulz import NewtonSchulz as NewtonSchulz
 from orthax.polar._polar_factor import (
-    check_method as check_method,
     joining as joining,
     polar_factor as polar_factor,
     polar_factors as polar_factors,

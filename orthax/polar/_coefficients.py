@@ -50,6 +50,8 @@ CANS: Table = (
 # Jordan's steps, then two that converge.
 DEEPSEEK_V4: Table = ((3.4445, -4.7750, 2.0315),) * 8 + ((2.0, -1.5, 0.5),) * 2
 
+_NAMED = ("CLASSIC_CUBIC", "CLASSIC_QUINTIC", "JORDAN", "DION", "CANS", "DEEPSEEK_V4")
+
 # Below this relative width of the interval the minimax polynomial and the Taylor
 # polynomial agree to double precision, and the exchange below is singular.
 _NARROW = 5e-6
@@ -167,12 +169,34 @@ def _minimax(low: float, high: float) -> Row:
     return float(a), float(b), float(c)
 
 
+def table_text(table: Table) -> str:
+    """Return what one types for a table: its name, what makes it, or its rows."""
+    for name in _NAMED:
+        if table == globals()[name]:
+            return name
+    if len({*table}) == 1:
+        return f"({table[0]},) * {len(table)}"
+    if table == polar_express(steps=len(table)):
+        return f"polar_express(steps={len(table)})"
+    return repr(table)
+
+
 def checked_table(coefficients: Sequence[Sequence[float]]) -> Table:
     """Return a table as tuples of floats, or raise at what is malformed."""
     advice = (
         "expected one row (a, b, c) or (a, b) of Python numbers per step, such as "
         "polar.JORDAN or ((1.5, -0.5),) * 10"
     )
+    if isinstance(coefficients, str):
+        raise TypeError(
+            f"`coefficients` is {coefficients!r}; {advice}. A table is an object, not "
+            "its name."
+        )
+    if isinstance(coefficients, int):
+        raise TypeError(
+            f"`coefficients` is {coefficients}; {advice}. So many steps of the optimal "
+            f"table: polar.polar_express(steps={coefficients})."
+        )
     try:
         rows = tuple(tuple(float(c) for c in row) for row in coefficients)
     except (TypeError, jax.errors.ConcretizationTypeError) as error:

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orthax.polar._checks import checked_dtype, checked_precision, checked_restarts
 from orthax.polar._coefficients import (
     CLASSIC_QUINTIC,
     Table,
     checked_table,
     polar_express,
+    table_text,
 )
 from orthax.polar._method import adjoint, check_positive_or_none, over, sides
 
@@ -22,7 +24,6 @@ from orthax.polar._method import adjoint, check_positive_or_none, over, sides
 _GRAM_ASPECT = 1.5
 # Most steps of an adaptive run: enough for a condition number of 1e7 in float32.
 _MOST_STEPS = 24
-_HALF = ("bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +98,8 @@ class NewtonSchulz:
     def __post_init__(self):
         set_ = object.__setattr__
         set_(self, "coefficients", checked_table(self.coefficients))
-        set_(self, "dtype", _checked_dtype(self.dtype))
-        set_(self, "precision", _checked_precision(self.precision))
+        set_(self, "dtype", checked_dtype(self.dtype))
+        set_(self, "precision", checked_precision(self.precision))
         check_positive_or_none("tolerance", self.tolerance)
         if self.gram not in (None, True, False):
             raise ValueError(f"`gram` must be None, True or False, got {self.gram!r}.")
@@ -116,7 +117,19 @@ class NewtonSchulz:
                     "out."
                 )
             steps = len(self.coefficients)
-            set_(self, "restarts", _checked_restarts(self.restarts, steps))
+            set_(self, "restarts", checked_restarts(self.restarts, steps))
+
+    def __repr__(self) -> str:
+        """Return what one types: tables by their names, and no defaults."""
+        table = checked_table(self.coefficients)
+        said = [] if table == polar_express() else [table_text(table)]
+        for name in ("gram", "restarts", "dtype", "tolerance"):
+            value = getattr(self, name)
+            said += [] if value is None else [f"{name}={value!r}"]
+        precision = checked_precision(self.precision)
+        if precision != jax.lax.Precision.HIGHEST:
+            said.append(f"precision={precision.name.lower()!r}")
+        return f"{type(self).__name__}({', '.join(said)})"
 
     def factor(self, x: jax.Array) -> jax.Array:
         """Return the polar factors of a stack, `(b, m, n)`."""
@@ -279,39 +292,3 @@ class NewtonSchulz:
 
 def _hermitian(x: jax.Array) -> jax.Array:
     return (x + adjoint(x)) / 2
-
-
-def _checked_restarts(restarts: Sequence[int], steps: int) -> tuple[int, ...]:
-    cuts = tuple(restarts)
-    if not all(isinstance(r, int) and 0 < r < steps for r in cuts) or list(
-        cuts
-    ) != sorted(set(cuts)):
-        raise ValueError(
-            f"`restarts` must be ascending step counts between 1 and {steps - 1} for "
-            f"a table of {steps} rows, got {restarts!r}."
-        )
-    return cuts
-
-
-def _checked_dtype(dtype) -> str | None:
-    if dtype is None:
-        return None
-    name = jnp.dtype(dtype).name
-    if name not in _HALF:
-        raise ValueError(
-            f"`dtype` is what products are rounded to: one of {_HALF}, or None for the "
-            f"dtype of the matrix (float32 and up), got {name!r}."
-        )
-    return name
-
-
-def _checked_precision(precision) -> jax.lax.Precision:
-    if precision is None:
-        return jax.lax.Precision.HIGHEST
-    try:
-        return jax.lax.Precision(precision)
-    except ValueError:
-        raise ValueError(
-            f"`precision` must be a jax.lax.Precision or its name, such as 'highest', "
-            f"'high' or 'default', got {precision!r}."
-        ) from None

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from orthax.polar._auto import Auto
+from orthax.polar._checks import as_array, check_matrices, check_method
 from orthax.polar._decompose import eigh
 from orthax.polar._method import PolarMethod, adjoint, matmul, over, rank_tolerance
 from orthax.polar._svd import SVD
@@ -32,7 +33,8 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
       float32, float64 in float64, complex likewise.
 
     Raises:
-      TypeError: if `x` is not floating or complex, or `method` is not a method.
+      TypeError: if `x` is no array of floating or complex numbers, or `method` is not a
+        method.
       ValueError: if `x` has fewer than two axes.
 
     Limits:
@@ -57,7 +59,7 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
     References:
       Higham: "Functions of Matrices", SIAM 2008, Theorems 8.1 and 8.4 (nearness).
     """
-    return polar_factors((jnp.asarray(x),), method)[0]
+    return polar_factors((as_array(x),), method)[0]
 
 
 def _apart(f: Function, **_: Any) -> ManyFunction:
@@ -102,7 +104,7 @@ def polar_factors(
     """
     check_method(method)
     for x in xs:
-        _check_matrices(x)
+        check_matrices(x)
     full = [i for i, x in enumerate(xs) if x.size]
     work = tuple(
         xs[i]
@@ -159,7 +161,7 @@ def split_polar_factors(
       Dao-AILab: "Gram Newton-Schulz", 2026 (the Gram matrix is all that rows share).
     """
     check_method(method)
-    _check_matrices(x)
+    check_matrices(x)
 
     def on(platform: str) -> Function:
         used = method.on(platform, x.dtype) if isinstance(method, Auto) else method
@@ -170,39 +172,6 @@ def split_polar_factors(
     work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     out = jax.lax.platform_dependent(work, cpu=on("cpu"), default=on("other"))
     return out.astype(x.dtype)
-
-
-def _check_matrices(x: jax.Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.inexact):
-        raise TypeError(
-            f"`x` must be floating or complex, got dtype {x.dtype}: convert it first."
-        )
-    if x.ndim < 2:
-        raise ValueError(
-            f"`x` must have shape (*batch, m, n), got shape {x.shape}: a vector has no "
-            "polar factor; reshape it to a row or a column."
-        )
-
-
-def check_method(method: PolarMethod) -> None:
-    """Raise unless `method` is an instance of a polar method.
-
-    Args:
-      method: anything.
-
-    Raises:
-      TypeError: if it is a class or a string, lacks `factor` or `flops` or is callable.
-    """
-    found = f"`method` must be a polar method such as polar.Auto(), got {method!r}"
-    if isinstance(method, type):
-        raise TypeError(f"{found}: a class; write {method.__name__}().")
-    if isinstance(method, str) or not isinstance(method, PolarMethod):
-        raise TypeError(f"{found} of type {type(method).__name__}.")
-    if callable(method):
-        raise TypeError(
-            f"{found}, which is callable: optax.inject_hyperparams would take it for "
-            "a schedule. Make it a frozen dataclass with `factor` and `flops`."
-        )
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))

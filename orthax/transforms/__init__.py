@@ -15,10 +15,13 @@ from orthax.transforms._explanation import (
     Row as Row,
     Share as Share,
 )
+from orthax.transforms._hyperparameters import (
+    check_dtype as check_dtype,
+    check_hyperparameters as check_hyperparameters,
+)
 from orthax.transforms._masked import Hidden as Hidden, masked as masked
 from orthax.transforms._momentum import (
     NesterovEMAState as NesterovEMAState,
-    check_dtype as check_dtype,
     nesterov_ema as nesterov_ema,
 )
 from orthax.transforms._norm import (

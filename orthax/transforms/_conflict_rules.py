@@ -207,6 +207,11 @@ def _on_simplex(x: jax.Array) -> jax.Array:
 def _first_key(key: int | jax.Array | None) -> Any:
     if key is None:
         return ()
+    if not isinstance(key, int | jax.Array):
+        raise TypeError(
+            f"`key` must be a seed or a key of jax.random, got {key!r} of type "
+            f"{type(key).__name__}."
+        )
     return jax.random.key(key) if isinstance(key, int) else key
 
 

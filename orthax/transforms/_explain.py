@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from orthax import components, polar
 from orthax.transforms._explanation import Explanation, Row, Share, Stack
@@ -34,13 +35,15 @@ def explain(
     Returns:
       A row for each leaf, and one for each stack that `orthogonalise` would make of
       them on one device, or for each way in which it would divide them among the
-      devices of a mesh; prints as two tables. A leaf that the rule cannot decide is a
-      row with the error that `orthogonalise` would raise. Operations are counted by
-      the method, at most so many where it decides at run time.
+      devices of a mesh; prints as two tables, 100 characters wide, and in notebooks as
+      HTML. A leaf that the rule cannot decide is a row with the error that
+      `orthogonalise` would raise. Operations are counted by the method, at most so many
+      where it decides at run time. Names and patterns of the rule that are in no path
+      are listed: they may be slips of the pen.
 
     Raises:
-      TypeError: if `rule` or `method` is none, a leaf is no array, or a sharding is
-        something else.
+      TypeError: if `rule` or `method` is none, a leaf is no array, or a sharding or
+        the platform is something else.
       ValueError: if `stacking.max_bytes` is smaller than one matrix, or if shardings
         are on different meshes, do not fit their leaf, or have no mesh.
 
@@ -52,10 +55,10 @@ def explain(
       ...     "embed": {"embedding": jnp.ones((100, 8))},
       ... }
       >>> print(orthax.explain(params))
-      leaf             shape         rows   columns  batch  matrices    why
-      conv/bias        (16,)         -      -        -      -           rank below 2
-      conv/kernel      (3, 3, 8, 16) 0,1,2  3        -      1 x (72 x 16) convolution...
-      embed/embedding  (100, 8)      -      -        -      -           'embedding'...
+      leaf             shape          rows   columns  matrices       why
+      conv/bias        (16,)          -      -        -              rank below 2
+      conv/kernel      (3, 3, 8, 16)  0,1,2  3        1 x (72 x 16)  convolution kernel
+      embed/embedding  (100, 8)       -      -        -              'embedding'...
       <BLANKLINE>
       1 of 3 leaves cut into 1 matrices.
       <BLANKLINE>
@@ -66,6 +69,7 @@ def explain(
       one update                               0.197  0.00439
     """
     polar.check_method(method)
+    _check_call(params, platform)
     platform = jax.default_backend() if platform is None else platform
     if isinstance(method, polar.Auto):
         method = method.on(platform)
@@ -85,7 +89,22 @@ def explain(
     else:
         lie = _given(params, shardings)
     shares = tuple(_shares(leaves, lie, method, stacking))
-    return Explanation(rows, found, shares, method, platform)
+    unused = getattr(rule, "unused", lambda paths: ())([row.path for row in rows])
+    return Explanation(rows, found, shares, method, platform, unused)
+
+
+def _check_call(params: Any, platform: Any) -> None:
+    if isinstance(params, optax.GradientTransformation):
+        raise TypeError(
+            "`params` must be parameters or gradients, got a gradient transformation. "
+            "Write explain(params, rule, method=...), with the rule and the method "
+            "that the transformation was given."
+        )
+    if platform is not None and not isinstance(platform, str):
+        raise TypeError(
+            f"`platform` must be a name such as 'cpu', 'gpu' or 'tpu', got {platform!r}"
+            f" of type {type(platform).__name__}."
+        )
 
 
 def _given(params: Any, shardings: Any) -> list[Any]:

@@ -1,9 +1,19 @@
 """What an explanation holds, and how it prints."""
 
+import html
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from orthax import polar
+from orthax import components, polar
+from orthax.transforms._tables import (
+    Table,
+    as_html,
+    as_text,
+    at_words,
+    behind,
+    of_paths,
+    paragraph,
+)
 
 # Most shapes of matrices that one line of a table lists.
 _SHOWN = 2
@@ -80,7 +90,7 @@ class Share(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What `explain` found; prints as tables.
+    """What `explain` found; prints as tables, in notebooks as HTML.
 
     Attributes:
       rows: one for each leaf.
@@ -89,6 +99,7 @@ class Explanation(NamedTuple):
         empty where there is no mesh.
       method: the method that works on them.
       platform: where.
+      unused: what the rule names and no path has: a slip of the pen, perhaps.
     """
 
     rows: tuple[Row, ...]
@@ -96,50 +107,82 @@ class Explanation(NamedTuple):
     shares: tuple[Share, ...]
     method: polar.PolarMethod
     platform: str
+    unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Return tables: a line for each leaf, and one for each stack or share."""
-        table = [("leaf", "shape", "rows", "columns", "batch", "matrices", "why")]
-        lines = _aligned([*table, *map(_cells, self.rows)])
-        errors = [row.error for row in self.rows if row.error]
-        return "\n".join([*lines, "", self._summary(), *errors, *self._cost()])
+        lines = [*as_text(self._leaves()), ""]
+        for note in self._notes():
+            lines += paragraph(note)
+        title, table = self._cost()
+        if table.lines:
+            lines += ["", *paragraph(title), "", *as_text(table)]
+        return "\n".join(lines)
 
     __repr__ = __str__
 
-    def _summary(self) -> str:
+    def _repr_html_(self) -> str:
+        """Return the same for a notebook, nothing shortened."""
+        notes = "<br>".join(map(html.escape, self._notes()))
+        parts = [as_html(self._leaves()), f"<p>{notes}</p>"]
+        title, table = self._cost()
+        if table.lines:
+            parts += [f"<p>{html.escape(title)}</p>", as_html(table)]
+        return "".join(parts)
+
+    def _leaves(self) -> Table:
+        head = ("leaf", "shape", "rows", "columns", "batch", "matrices", "why")
+        lines = [_cells(row) for row in self.rows]
+        breaks = {
+            0: of_paths([path for path, *_ in lines]),
+            5: behind(" + "),
+            6: at_words,
+        }
+        narrow = (6, 18), (0, 24), (5, 17), (6, 12), (0, 16)
+        return Table(head, lines, narrow, breaks)
+
+    def _notes(self) -> list[str]:
         cut = [row for row in self.rows if row.matrices]
         count = sum(b for row in cut for b, _, _ in row.matrices)
         guesses = sum(row.guess for row in self.rows)
-        errors = sum(row.error is not None for row in self.rows)
+        errors = [row.error for row in self.rows if row.error]
         text = f"{len(cut)} of {len(self.rows)} leaves cut into {count} matrices"
         if guesses:
             text += f"; {guesses} by a guess (marked ?)"
         if errors:
-            text += f"; {errors} AMBIGUOUS, which raises:"
-        return text + ("" if errors else ".")
+            text += f"; {len(errors)} AMBIGUOUS, which raises:"
+        notes = [text + ("" if errors else ".")]
+        notes += components.in_one_message(errors).splitlines()
+        if self.unused:
+            names = ", ".join(self.unused)
+            notes.append(f"The rule names what is in no path: {names}.")
+        return notes
 
-    def _cost(self) -> list[str]:
+    def _cost(self) -> tuple[str, Table]:
         if self.shares:
             return self._devices()
-        if not self.stacks:
-            return []
-        table = [("stack", "at once", "leaves", "dtype", "MFLOP", "MiB")]
+        head = ("stack", "at once", "leaves", "dtype", "MFLOP", "MiB")
+        lines = []
         for s in self.stacks:
             counts = str(s.at_once), str(len(s.paths))
-            table.append((_stack_text(s.shape), *counts, s.dtype, *_amounts([s])))
-        table.append(("one update", "", "", "", *_amounts(self.stacks)))
+            lines.append((_stack_text(s.shape), *counts, s.dtype, *_amounts([s])))
+        if lines:
+            lines.append(("one update", "", "", "", *_amounts(self.stacks)))
         title = f"Worked on together on {self.platform} by {self.method}:"
-        return ["", title, "", *_aligned(table)]
+        return title, Table(head, lines, (), {})
 
-    def _devices(self) -> list[str]:
+    def _devices(self) -> tuple[str, Table]:
         head = "plan", "leaves", "matrices", "over", "collectives", "MiB sent", "MFLOP"
-        table = [head, *map(_share_cells, self.shares)]
-        sent, flops = (sum(s[i] for s in self.shares) for i in (-3, -2))
+        lines = [_share_cells(share) for share in self.shares]
+        sent = sum(share.bytes for share in self.shares)
+        flops = sum(share.flops for share in self.shares)
         count = sum(len(s.collectives) for s in self.shares)
         total = f"{sent / 2**20:.3g}", f"{flops / 1e6:.3g}"
-        table.append(("one update", "", "", "", str(count), *total))
+        lines.append(("one update", "", "", "", str(count), *total))
         title = f"Divided among devices, on each at most, by {self.method}:"
-        return ["", title, "", *_aligned(table)]
+        breaks = {2: behind(" + "), 3: behind(", ")}
+        breaks[4] = behind(", ")
+        return title, Table(head, lines, ((4, 16), (2, 20), (3, 8)), breaks)
 
 
 def _amounts(stacks: Sequence[Stack]) -> tuple[str, str]:
@@ -171,16 +214,6 @@ def _shapes_text(shapes: Sequence[tuple[int, int, int]]) -> str:
 def _stack_text(shape: tuple[int, int, int]) -> str:
     b, m, n = shape
     return f"{b} x ({m} x {n})"
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
-        for line in table
-    ]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

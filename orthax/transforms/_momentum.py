@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthax.transforms._hyperparameters import check_dtype
+
 
 class NesterovEMAState(NamedTuple):
     """State of `nesterov_ema`.
@@ -38,8 +40,8 @@ def nesterov_ema(
       A transformation with a `NesterovEMAState`.
 
     Raises:
-      TypeError: if `accumulator_dtype` is an array, which `optax.inject_hyperparams`
-        makes of a dtype's class.
+      TypeError: if `accumulator_dtype` is no dtype, or an array, which
+        `optax.inject_hyperparams` makes of a dtype's class.
 
     Example:
       >>> import jax.numpy as jnp
@@ -72,20 +74,3 @@ def nesterov_ema(
         return looked_up, NesterovEMAState(step, ema)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_dtype(dtype: Any) -> None:
-    """Raise if a dtype has become an array on its way through `inject_hyperparams`.
-
-    Args:
-      dtype: anything.
-
-    Raises:
-      TypeError: if it is an array.
-    """
-    if isinstance(dtype, jax.Array):
-        raise TypeError(
-            "A dtype arrived as an array: optax.inject_hyperparams takes classes such "
-            'as jnp.bfloat16 for schedules. Give its name, "bfloat16", or name the '
-            "argument in `static_args`."
-        )

@@ -79,9 +79,10 @@ def restore_norm(
     """
     components.check_rule(rule)
     if not isinstance(inner, optax.GradientTransformation):
+        advice = " Call it: what it returns is wanted." if callable(inner) else ""
         raise TypeError(
             "`inner` must be a gradient transformation such as "
-            f"orthax.orthogonalise(), got {inner!r}."
+            f"orthax.orthogonalise(), got {inner!r}.{advice}"
         )
     if isinstance(norm, type) or not hasattr(norm, "factor"):
         raise TypeError(

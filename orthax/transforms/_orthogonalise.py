@@ -37,8 +37,10 @@ def orthogonalise(
 
     Limits:
       Not linear: average over devices and accumulated batches first
-      (`optax.MultiSteps` around the chain does). Clipping before it changes nothing,
-      clipping behind it clips to the square root of the rank. A zero gradient gives a
+      (`optax.MultiSteps` around the chain does). Every factor in front of it is lost:
+      behind `optax.sgd(0.1)` the learning rate would be one. Clipping before it changes
+      nothing, clipping behind it clips to the square root of the rank. A zero gradient
+      gives a
       zero update, and directions without gradient get none, except with
       `polar.SVD(null_space="complete")` or `polar.QDWH()`.
 
@@ -60,9 +62,12 @@ def orthogonalise(
     polar.check_method(method)
     components.check_rule(rule)
     if not isinstance(stacking, components.Stacking):
+        advice = ""
+        if isinstance(stacking, int):
+            advice = f" Write components.Stacking(max_bytes={stacking})."
         raise TypeError(
             f"`stacking` must be a components.Stacking, got {stacking!r} of type "
-            f"{type(stacking).__name__}."
+            f"{type(stacking).__name__}.{advice}"
         )
 
     def factors(stacks: list[jax.Array]) -> list[jax.Array]:

@@ -154,9 +154,14 @@ def scale_by_shape(
     """
     components.check_rule(rule)
     if isinstance(scale, type) or not isinstance(scale, ShapeRule):
+        advice = ""
+        if isinstance(scale, type):
+            advice = f" Write {scale.__name__}()."
+        elif isinstance(scale, int | float):
+            advice = f" For one factor write optax.scale({scale})."
         raise TypeError(
             "`scale` must be a shape rule such as transforms.Width() or "
-            f"transforms.RMSMatch(0.2), got {scale!r}."
+            f"transforms.RMSMatch(0.2), got {scale!r}.{advice}"
         )
 
     def scaled(leaf: components.Leaf) -> jax.Array:

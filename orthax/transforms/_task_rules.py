@@ -183,8 +183,13 @@ def checked_order(
         return None
     if key is not None:
         raise ValueError("Give `order` or `key`, a given order or a random one.")
+    if isinstance(order, int):
+        raise TypeError(
+            f"`order` must be a permutation of all tasks, got {order}: write all of "
+            f"them, {order} first."
+        )
     order = tuple(order)
-    if sorted(order) != list(range(len(order))):
+    if {*order} != {*range(len(order))}:
         raise ValueError(
             f"`order` must be a permutation of the tasks, each of 0, 1, ... once; got "
             f"{order}."

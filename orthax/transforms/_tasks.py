@@ -2,6 +2,7 @@
 
 import functools
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +13,10 @@ import optax
 from orthax import components
 from orthax.transforms._task_rules import OSGD, TaskRule
 
+_STACK = (
+    "Of a list of gradients, one for each task, make it by jax.tree.map(lambda *g: "
+    "jnp.stack(g), *gradients)."
+)
 _SCOPES = ("global", "leaf")
 
 
@@ -56,7 +61,14 @@ def task_weights(gram: jax.typing.ArrayLike, rule: TaskRule = OSGD()) -> jax.Arr
       See each rule.
     """
     check_task_rule(rule)
-    gram = jnp.asarray(gram)
+    try:
+        gram = jnp.asarray(gram)
+    except (TypeError, ValueError):
+        raise TypeError(
+            "`gram` must be the inner products of the gradients, of shape (tasks, "
+            f"tasks), got {reprlib.repr(gram)}: for the gradients themselves use "
+            "transforms.combine_tasks()."
+        ) from None
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.size:
         raise ValueError(
             f"`gram` must have shape (tasks, tasks), at least one task, got "
@@ -142,14 +154,22 @@ def combine_tasks(
 def check_task_rule(rule: TaskRule) -> None:
     """Raise TypeError unless `rule` is an instance of a rule for tasks."""
     if isinstance(rule, type) or not isinstance(rule, TaskRule):
+        advice = f" Write {rule.__name__}()." if isinstance(rule, type) else ""
         raise TypeError(
             "`rule` must be a task rule such as transforms.OSGD() or "
-            f"transforms.PCGrad(), got {rule!r}."
+            f"transforms.PCGrad(), got {rule!r}.{advice}"
         )
 
 
 def _check_tasks(updates: optax.Updates, params: optax.Params | None) -> None:
     """Raise unless all leaves have the same leading axis, and the rest of `params`."""
+    if params is not None:
+        counts = [len(jax.tree.leaves(tree)) for tree in (updates, params)]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"The updates have {counts[0]} leaves, the parameters {counts[1]}: "
+                f"expected one tree like the parameters. {_STACK}"
+            )
     found: dict[int, str] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(updates)[0]:
         name = jax.tree_util.keystr(path)
@@ -163,7 +183,11 @@ def _check_tasks(updates: optax.Updates, params: optax.Params | None) -> None:
         raise ValueError("There are no tasks: the updates are empty.")
     if len(found) > 1:
         counts = ", ".join(f"{n} in leaf {name}" for n, name in found.items())
-        raise ValueError(f"Leaves disagree about the number of tasks: {counts}.")
+        raise ValueError(
+            f"Leaves disagree about the number of tasks: {counts}. Their first axis "
+            "must be that of the tasks, as transforms.task_value_and_grad gives it. "
+            f"{_STACK}"
+        )
     if params is None:
         return
     leaves = jax.tree_util.tree_flatten_with_path(updates)[0]

@@ -1,0 +1,104 @@
+"""What can be a hyper-parameter of an optimiser, and what to write instead."""
+
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# What Optax takes a schedule for.
+_SCHEDULED = ("learning_rate", "weight_decay")
+
+
+def check_hyperparameters(optional: Sequence[str] = (), /, **values: Any) -> None:
+    """Raise unless all of the named values can be hyper-parameters.
+
+    Args:
+      optional: names of those that may be None.
+      **values: by name, numbers (also traced ones, which `optax.inject_hyperparams`
+        makes), or functions of the step where the name ends with `learning_rate` or
+        `weight_decay`.
+
+    Returns:
+      Nothing.
+
+    Raises:
+      TypeError: if one is something else; it says what to write instead.
+
+    Example:
+      >>> from orthax import transforms
+      >>> transforms.check_hyperparameters(learning_rate=0.1, momentum=0.9)
+      >>> transforms.check_hyperparameters(momentum="0.9")
+      Traceback (most recent call last):
+      TypeError: `momentum` must be a number, got '0.9' of type str. Write 0.9.
+    """
+    for name, value in values.items():
+        scheduled = name.endswith(_SCHEDULED)
+        if _is_number(value) or (value is None and name in optional):
+            continue
+        if scheduled and callable(value) and not isinstance(value, type):
+            continue
+        expected = "a number"
+        if scheduled:
+            expected += " or a schedule (a function of the step)"
+        shown = reprlib.repr(value)
+        raise TypeError(
+            f"`{name}` must be {expected}, got {shown} of type {type(value).__name__}."
+            f"{_advice(name, value)}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    if hasattr(value, "dtype"):
+        return jnp.shape(value) == () and jnp.issubdtype(value.dtype, jnp.number)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _advice(name: str, value: Any) -> str:
+    """Return what to write instead."""
+    if isinstance(value, str):
+        try:
+            return f" Write {float(value):g}."
+        except ValueError:
+            return ""
+    for argument, has in (("method", "flops"), ("rule", "resolve")):
+        if hasattr(value, has):
+            return f" Give it by name: {argument}=..."
+    if isinstance(value, tuple) and hasattr(value, "update"):
+        return (
+            " That is an optimiser already: orthax.orthogonalise() stands before it, "
+            "optax.chain(orthax.orthogonalise(), optax.sgd(0.1))."
+        )
+    if isinstance(value, dict):
+        return " Parameters are for `init`."
+    if value is None and name == "momentum":
+        return " For none write 0.0."
+    if callable(value):
+        return " For a schedule of it, wrap the optimiser in optax.inject_hyperparams."
+    return ""
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise unless something names a dtype, or is None.
+
+    Args:
+      dtype: anything.
+
+    Raises:
+      TypeError: if it is nothing of the kind, or an array, which it may have become on
+        its way through `inject_hyperparams`.
+    """
+    if isinstance(dtype, jax.Array):
+        raise TypeError(
+            "A dtype arrived as an array: optax.inject_hyperparams takes classes such "
+            'as jnp.bfloat16 for schedules. Give its name, "bfloat16", or name the '
+            "argument in `static_args`."
+        )
+    try:
+        jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f'A dtype must be given by its name, such as "bfloat16", or as a '
+            f"jnp.dtype, got {dtype!r} of type {type(dtype).__name__}."
+        ) from None

@@ -1,0 +1,485 @@
+"""What somebody meets who has never seen the code: the report, what prints, errors."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+
+import orthax
+from orthax import __main__ as report, _self_check, components, polar, transforms
+from orthax.components import ByName, ByPath, Matricisation
+from orthax.polar import NewtonSchulz
+
+PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
+CONV1D = {"conv": {"kernel": jnp.ones((3, 4, 5))}}
+WEIGHT = {"layers": [{"weight": jnp.ones((3, 4))} for _ in range(2)]}
+TASKS = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}
+
+
+def initialised(params, **how):
+    return lambda: orthax.orthogonalise(**how).init(params)
+
+
+def updated(make, **how):
+    def call():
+        tx = make(0.1, **how)
+        return tx.update(PARAMS, tx.init(PARAMS))
+
+    return call
+
+
+def by_path(*pair):
+    return lambda: orthax.orthogonalise(rule=ByPath([pair])).init(PARAMS)
+
+
+# What is tried first: the call, and what its message must say, in this order.
+MISTAKES = {
+    "a learning rate for the method": (
+        lambda: orthax.orthogonalise(0.01),
+        TypeError,
+        ("`method`", "got 0.01 of type float", "optax.chain(", "optax.sgd(0.1)"),
+    ),
+    "the name of a method": (
+        lambda: orthax.orthogonalise("Newton-Schulz"),
+        TypeError,
+        ("got 'Newton-Schulz' of type str", "write polar.NewtonSchulz()."),
+    ),
+    "a function for the method": (
+        lambda: orthax.orthogonalise(jnp.linalg.svd),
+        TypeError,
+        ("`factor(x)`", "frozen dataclass", "polar.SVD()"),
+    ),
+    "a rule for the method": (
+        lambda: orthax.orthogonalise(ByName()),
+        TypeError,
+        ("of type ByName", "write rule=..."),
+    ),
+    "parameters for the method": (
+        lambda: orthax.orthogonalise(PARAMS),
+        TypeError,
+        ("of type dict", "Parameters are for `init`"),
+    ),
+    "an optimiser for the method": (
+        lambda: orthax.orthogonalise(optax.sgd(0.1)),
+        TypeError,
+        ("got Gradient", "optax.chain(orthax.orthogonalise(), ...)"),
+    ),
+    "a function for the rule": (
+        lambda: orthax.orthogonalise(rule=lambda path, leaf: None),
+        TypeError,
+        ("of type function", "`resolve(path, leaf)`"),
+    ),
+    "from_model, not called": (
+        lambda: orthax.orthogonalise(rule=components.from_model),
+        TypeError,
+        ("components.from_model(model).",),
+    ),
+    "no rule": (
+        lambda: orthax.orthogonalise(rule=None),
+        TypeError,
+        ("got None", "Leave it out", "ByName(skip=...)"),
+    ),
+    "axes for the rule": (
+        lambda: orthax.orthogonalise(rule=Matricisation((0,), (1,))),
+        TypeError,
+        ('components.ByPath([("", Matricisation((0,), (1,)))])',),
+    ),
+    "a method for the rule": (
+        lambda: orthax.explain(PARAMS, polar.SVD()),
+        TypeError,
+        ("of type SVD", "method=..."),
+    ),
+    "bytes for the stacking": (
+        lambda: orthax.orthogonalise(stacking=2**20),
+        TypeError,
+        ("got 1048576", "components.Stacking(max_bytes=1048576)"),
+    ),
+    "bytes in a float": (
+        lambda: components.Stacking(1e9),
+        TypeError,
+        ("got 1000000000.0", "Write 1000000000."),
+    ),
+    "Conv1d": (
+        initialised(CONV1D),
+        ValueError,
+        ("'conv/kernel' of shape (3, 4, 5)", "Conv1d", "ByPath", "from_model"),
+    ),
+    "Equinox": (
+        initialised(WEIGHT),
+        ValueError,
+        ("'layers/0/weight'", "'layers/1/weight'", "Say what it is", "from_model"),
+    ),
+    "no parameters": (updated(orthax.muon), ValueError, ("`params`", "`update`")),
+    "a learning rate in quotes": (
+        lambda: orthax.muon("3e-4"),
+        TypeError,
+        ("`learning_rate`", "got '3e-4'", "Write 0.0003."),
+    ),
+    "an optimiser in an optimiser": (
+        lambda: orthax.orthogonal_adam(optax.adam(1e-3)),
+        TypeError,
+        ("`learning_rate`", "optax.chain(orthax.orthogonalise(), "),
+    ),
+    "parameters, as torch wants them": (
+        lambda: orthax.orthogonal_sgd(PARAMS, 0.1),
+        TypeError,
+        ("`learning_rate`", "of type dict", "Parameters are for `init`."),
+    ),
+    "a method in the place of the momentum": (
+        lambda: orthax.orthogonal_sgd(0.1, polar.SVD()),
+        TypeError,
+        ("`momentum`", "of type SVD", "method=..."),
+    ),
+    "a schedule for the momentum": (
+        lambda: orthax.normuon(0.1, optax.constant_schedule(0.9)),
+        TypeError,
+        ("`momentum`", "optax.inject_hyperparams"),
+    ),
+    "no momentum": (
+        lambda: orthax.muon(0.1, None),
+        TypeError,
+        ("`momentum`", "got None", "For none write 0.0."),
+    ),
+    "a dtype misspelt": (
+        lambda: orthax.muon(0.1, momentum_dtype="bf16"),
+        TypeError,
+        ('"bfloat16"', "got 'bf16'"),
+    ),
+    "a factor for the scale": (
+        lambda: orthax.muon(0.1, scale=0.2),
+        TypeError,
+        ("`scale`", "got 0.2", "optax.scale(0.2)"),
+    ),
+    "a scale not called": (
+        lambda: orthax.scale_by_shape(transforms.Width),
+        TypeError,
+        ("Write Width().",),
+    ),
+    "a transformation not called": (
+        lambda: transforms.restore_norm(orthax.orthogonalise),
+        TypeError,
+        ("`inner`", "Call it"),
+    ),
+    "a tree for a matrix": (
+        lambda: orthax.polar_factor(PARAMS),
+        TypeError,
+        ("(*batch, m, n)", "of type dict", "orthax.orthogonalise()"),
+    ),
+    "integers": (
+        lambda: orthax.polar_factor([[1, 2], [3, 4]]),
+        TypeError,
+        ("int32", "convert it first"),
+    ),
+    "a number of steps": (
+        lambda: NewtonSchulz(5),
+        TypeError,
+        ("`coefficients` is 5", "polar.polar_express(steps=5)"),
+    ),
+    "the name of a table": (
+        lambda: NewtonSchulz("jordan"),
+        TypeError,
+        ("'jordan'", "polar.JORDAN"),
+    ),
+    "a dtype that there is not": (
+        lambda: NewtonSchulz(dtype="fp8"),
+        ValueError,
+        ("bfloat16", "got 'fp8'"),
+    ),
+    "one restart": (
+        lambda: NewtonSchulz(restarts=3),
+        TypeError,
+        ("`restarts`", "got 3", "(3,)"),
+    ),
+    "axes that a leaf lacks": (
+        by_path("kernel", Matricisation((0, 1, 2), (3,))),
+        ValueError,
+        ("'dense/kernel' of shape (3, 2)", "Matricisation((0, 1, 2), (3,))", "rank 2"),
+    ),
+    "axes without a name": (
+        by_path("kernel", ((0,), (1,))),
+        TypeError,
+        ("'kernel'", "of type tuple", "Matricisation((0,), (1,))"),
+    ),
+    "a dict of patterns": (
+        lambda: ByPath({"kernel": None}),
+        TypeError,
+        ("{'kernel': None}", "[('kernel', None)]"),
+    ),
+    "one pair": (
+        lambda: ByPath(("kernel", None)),
+        TypeError,
+        ("one pair", "write [('kernel', None)]"),
+    ),
+    "a glob": (by_path("*kernel", None), ValueError, ("'*kernel'", "'.*'")),
+    "a name for names": (
+        lambda: ByName(skip="head"),
+        TypeError,
+        ("`skip`", "got 'head'", "skip=('head',)"),
+    ),
+    "a pair for pairs": (
+        lambda: ByName(stacked=("layers", 0)),
+        TypeError,
+        ("`stacked`", "got 0", "stacked=(('layers', 0),)"),
+    ),
+    "no axes": (
+        lambda: Matricisation(None, (1,)),
+        TypeError,
+        ("`rows`", "got None", "instead of a Matricisation"),
+    ),
+    "blocks of a broken number": (
+        lambda: Matricisation((0,), (1,), blocks=2.5),
+        TypeError,
+        ("`blocks`", "integer", "got 2.5"),
+    ),
+    "a transformation explained": (
+        lambda: orthax.explain(orthax.orthogonalise()),
+        TypeError,
+        ("gradient transformation", "explain(params, rule, method=...)"),
+    ),
+    "a device for a platform": (
+        lambda: orthax.explain(PARAMS, platform=jax.devices()[0]),
+        TypeError,
+        ("`platform`", "'gpu'", "of type Device"),
+    ),
+    "a model for its parameters": (
+        lambda: orthax.explain(linen.Dense(3)),
+        TypeError,
+        ("The tree is Dense(", "variables['params']"),
+    ),
+    "an Equinox model unfiltered": (
+        initialised(eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0))),
+        TypeError,
+        ("'activation'", "eqx.filter("),
+    ),
+    "gradients of one task": (
+        lambda: orthax.combine_tasks().update(TASKS, ((),)),
+        ValueError,
+        ("2 in leaf ['a'], 3 in leaf ['b']", "first axis", "jnp.stack"),
+    ),
+    "a list of gradients": (
+        lambda: orthax.combine_tasks().update([PARAMS, PARAMS], ((),), PARAMS),
+        ValueError,
+        ("4 leaves, the parameters 2", "jnp.stack(g), *gradients"),
+    ),
+    "gradients for their products": (
+        lambda: orthax.task_weights([PARAMS, PARAMS]),
+        TypeError,
+        ("`gram`", "combine_tasks()"),
+    ),
+    "a task rule not called": (
+        lambda: orthax.combine_tasks(transforms.OSGD),
+        TypeError,
+        ("Write OSGD().",),
+    ),
+    "the first task": (
+        lambda: transforms.OSGD(0),
+        TypeError,
+        ("`order`", "got 0", "all of them"),
+    ),
+    "a seed in quotes": (
+        lambda: orthax.combine_tasks(transforms.PCGrad(key="0")).init(PARAMS),
+        TypeError,
+        ("`key`", "a seed", "of type str"),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_what_to_write(mistake):
+    call, error, parts = MISTAKES[mistake]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert re.search(".*".join(map(re.escape, parts)), message, re.DOTALL), message
+    assert len(message) < 800, "nobody reads so much"
+
+
+@pytest.mark.parametrize(
+    "make", [orthax.orthogonal_sgd, orthax.orthogonal_adam, orthax.muon, orthax.normuon]
+)
+def test_numbers_of_every_kind_and_schedules_are_hyperparameters(make):
+    """Nothing that worked is refused, traced values of inject_hyperparams included."""
+    halved = optax.exponential_decay(0.1, 1, 0.5)
+    for rate in (0.1, 1, np.float32(0.1), jnp.array(0.1), halved):
+        make(rate, weight_decay=rate)
+    tx = optax.inject_hyperparams(make)(halved, weight_decay=0.01)
+    shapes = jax.eval_shape(tx.init, PARAMS)
+    assert shapes.hyperparams["learning_rate"].shape == ()
+
+
+def test_advice_is_given_once_however_many_leaves():
+    tree = {f"conv{i}": CONV1D["conv"] for i in range(12)}
+    with pytest.raises(ValueError) as caught:
+        orthax.orthogonalise().init(tree)
+    message = str(caught.value)
+    assert message.count("Say what it is") == 1
+    assert message.count("of shape (3, 4, 5)") == 10
+    assert "... and 2 more leaves." in message
+
+
+def public_dataclasses():
+    for room in (components, polar, transforms):
+        for name, value in vars(room).items():
+            if inspect.isclass(value) and dataclasses.is_dataclass(value):
+                yield f"{room.__name__}.{name}", value
+
+
+PRINTED = [
+    *(NewtonSchulz(table) for table in (polar.JORDAN, polar.CANS, polar.DEEPSEEK_V4)),
+    NewtonSchulz(polar.CLASSIC_CUBIC, gram=False),
+    NewtonSchulz(((1.5, -0.5),) * 9, restarts=(2, 4)),
+    NewtonSchulz(((1.5, -0.5), (1.4, -0.4)), precision="high"),
+    NewtonSchulz(polar.polar_express(1e-2), tolerance=1e-5),
+    polar.Auto("fast").on("gpu"),
+    polar.SVD("complete"),
+    Matricisation((0, 1, 2), (3,), groups=2, spatial=(0, 1)),
+    Matricisation((0,), (1,), blocks=(2, 3), split="rows"),
+    ByName(attention="heads", stacked=("layers", ("experts", 1)), skip=("head",)),
+    ByPath([("bias", None), ("kernel", Matricisation((0,), (1,)))]),
+    components.OnlyConvolutions(ByName()),
+    components.Stacking(2**20, ("data",)),
+    transforms.OSGD((1, 0), "total"),
+]
+# Given a model, from whose modules it is made: more than anybody types.
+NOT_TYPED = {"orthax.components.FromModel"}
+
+
+def evaluated(text):
+    spaces = (vars(room) for room in (components, polar, transforms))
+    names = {name: value for space in spaces for name, value in space.items()}
+    return eval(text, names)
+
+
+def test_what_is_typed_prints_as_what_one_types():
+    for value in PRINTED:
+        assert evaluated(repr(value)) == value
+    made = 0
+    for name, kind in public_dataclasses():
+        if name in NOT_TYPED or not all(
+            field.default is not dataclasses.MISSING
+            or field.default_factory is not dataclasses.MISSING
+            for field in dataclasses.fields(kind)
+        ):
+            continue
+        assert evaluated(repr(kind())) == kind(), name
+        made += 1
+    assert made > 15
+    assert repr(NewtonSchulz(polar.JORDAN)) == "NewtonSchulz(JORDAN)"
+    assert len(repr(polar.Auto("fast").on("gpu"))) < 60
+
+
+def ran(arguments, capsys):
+    status = report.main(arguments)
+    return status, capsys.readouterr().out
+
+
+def test_the_report_says_what_there_is(capsys):
+    status, text = ran(["--quick"], capsys)
+    assert status == 0
+    assert f"orthax {orthax.__version__}\njax {jax.__version__}\n" in text
+    assert f"{jax.device_count()} x cpu (cpu)" in text
+    assert f"polar.Auto() is {polar.DWH()}" in text
+    assert evaluated(re.search(r'Auto\("fast"\) is (.*)', text)[1]) == polar.Auto(
+        "fast"
+    ).on("cpu")
+    assert "Errors" not in text
+    flops = polar.DWH().flops(576, 64) / 1e6
+    assert re.search(rf"576 x 64 +{flops:.3g} ", text)
+
+
+def test_the_report_is_a_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "orthax", "--quick"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("orthax ")
+
+
+def test_promises_are_kept_here(capsys):
+    status, text = ran([], capsys)
+    assert status == 0, text
+    assert "All promises are kept." in text
+    assert max(map(len, text.split("Errors", 1)[1].splitlines())) <= 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Broken:
+    """The exact factor with something wrong, done in float64 numpy."""
+
+    how: str
+    any_scale = True
+
+    def factor(self, x):
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(self._stack, shape, x)
+
+    def flops(self, m, n):
+        return 1.0
+
+    def _stack(self, x):
+        return np.stack([self._one(np.asarray(one, float)) for one in x]).astype("f4")
+
+    def _one(self, x):
+        if not np.isfinite(x).all():
+            return np.zeros_like(x) if self.how == "NaN is lost" else x * np.nan
+        largest = np.abs(x).max() or 1
+        if self.how == "squares overflow" and largest > 1e30:
+            return x * np.nan
+        u, s, vh = np.linalg.svd(x / largest, full_matrices=False)
+        values = (s > 1e-6 * s[0]).astype(float)
+        if self.how == "too long":
+            values *= 1.0002
+        if self.how == "null space filled" and s[0]:
+            values[:] = 1
+        if self.how == "zero filled" and not s[0]:
+            values[:1] = 1e-6
+        if self.how == "coupled":
+            u = u + 0.002 * np.roll(u, 1, axis=1)
+        return (u * values) @ vh
+
+
+# What rounding to bfloat16 may add hides smaller faults, and zero has no directions.
+IN_FLOAT32 = {
+    *("Gaussian", "max 1e-30", "max 1e37", "cond 1e4", "rank 32"),
+    *("wide", "square", "one column"),
+}
+FAULTS = {
+    "nothing": set(),
+    "too long": IN_FLOAT32,
+    "coupled": IN_FLOAT32,
+    "squares overflow": {"max 1e37"},
+    "null space filled": {"rank 32"},
+    "zero filled": {"zero"},
+    "NaN is lost": set(),
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_broken_polar_factor_is_found(how):
+    found = _self_check.self_check(Broken(how))
+    assert {check.name for check in found.checks if check.broken} == FAULTS[how]
+    assert found.broken == (how != "nothing")
+    assert found.nan_stays == (how != "NaN is lost")
+
+
+def test_a_broken_polar_factor_is_reported(monkeypatch, capsys):
+    check = _self_check.self_check
+    broken = Broken("squares overflow")
+    monkeypatch.setattr(_self_check, "self_check", lambda: check(broken))
+    status, text = ran([], capsys)
+    assert status == 1
+    (line,) = (line for line in text.splitlines() if line.endswith("  BROKEN"))
+    assert line.startswith("max 1e37")
+    assert "nan/1e-04" in line
+    assert "report all of the above" in text

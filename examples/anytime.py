@@ -30,6 +30,7 @@ from examples.data import Dataset, Split, load_cifar10, load_digits
 from examples.models.anytime import MODELS, Model
 from examples.optimisers import WITHOUT_METHOD, Optimiser
 from examples.runs import Limits
+from examples.side_by_side import train_runs
 from examples.supervised import Schedule, check_batches
 from examples.task_rules import RULES, STATEFUL, Rule
 

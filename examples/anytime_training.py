@@ -22,12 +22,12 @@ from flax import nnx
 
 import orthax
 from examples import supervised
-from examples.anytime_report import COLUMNS, INDEPENDENT, KEY, Rows
-from examples.data import Dataset, Split
+from examples.anytime_report import COLUMNS, INDEPENDENT, KEY
+from examples.data import Split
 from examples.data.augmentation import augmented
 from examples.models.anytime import make_mlp, make_resnet
 from examples.report import Row, describe_device
-from examples.runs import Limits, compiled, over_seeds, train_epochs, train_missing
+from examples.side_by_side import Trainer
 from examples.supervised import State, forward, normalised, score
 from examples.task_rules import make_rule
 from orthax import transforms

@@ -1,0 +1,155 @@
+"""Train decorrelated networks: `python -m examples.decorrelation digits` or `cifar10`.
+
+The choice of the rates and the program; `memory` measures a large layer,
+`speed` a step. The settings
+are in `examples/decorrelation_settings.py`, the trainer in `decorrelation_training.py`,
+the rules by name in `decorrelation_rules.py`, the networks in
+`models/decorrelation.py`, and what becomes of finished runs is in
+`decorrelation_report.py` and `decorrelation_page.py`.
+
+Backpropagation, feedback alignment and node perturbation, each with nothing done to the
+inputs of the layers, with mean removal alone, and with the rules of `orthax.nn` (Ahmad,
+"Correlations Are Ruining Your Gradient Descent", 2024, arXiv 2407.10780). Every arm has
+its own learning rate and decorrelation rate, the best of one grid by the validation
+images. A finished run is a row of `examples/results/decorrelation.csv` and is not run
+again. The test images are looked at once, after the last epoch of a run whose rates
+were already settled.
+"""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Sequence
+
+import tyro
+
+from examples import decorrelation_memory as memory, decorrelation_speed as speed
+from examples.data import Dataset
+from examples.decorrelation_page import write
+from examples.decorrelation_report import Rows, merit
+from examples.decorrelation_rules import ALONE
+from examples.decorrelation_settings import Cifar10, Digits, Settings
+from examples.decorrelation_training import TRAINER, Recipe, Run
+from examples.runs import Limits
+from examples.side_by_side import train_runs
+from examples.supervised import check_batches
+
+FIRST_TUNING_SEED = 1_000_000  # no final run shares its seed with a run of the grid
+
+
+# --------------------------------------------------------------- the choice of rates
+
+
+def plan(
+    config: Settings,
+    recipe: Recipe,
+    chosen: str,
+    rates: Sequence[float],
+    condition: float,
+) -> list[Run]:
+    """Return the runs of a recipe at some learning rates, for every seed."""
+    first, seeds = 0, config.seeds
+    if chosen == "grid":
+        first, seeds = FIRST_TUNING_SEED, config.tuning_seeds
+    return [
+        Run(recipe, config.epochs, rate, config.schedule, chosen, seed, condition)
+        for rate in rates
+        for seed in range(first, first + seeds)
+    ]
+
+
+def tune(
+    config: Settings,
+    recipes: Sequence[Recipe],
+    results: Rows,
+    data: Dataset,
+    condition: float,
+    limits: Limits,
+) -> tuple[Recipe, float] | None:
+    """Return the best recipe and learning rate of an arm, or None after the deadline.
+
+    Best is the lowest validation loss, mean of all epochs and seeds: what learns fast
+    and does not forget it. The rate is not a number if a run diverged at every pair.
+    The test images are not looked at.
+    """
+    merits = {}
+    for recipe in recipes:
+        runs = plan(config, recipe, "grid", config.grid, condition)
+        rows = train_runs(TRAINER, runs, results, data, test=False, limits=limits)
+        if rows is None:
+            return None
+        for rate in config.grid:
+            found = [row for row in rows if float(row["learning_rate"]) == rate]
+            merits[recipe, rate] = merit(found)
+    best = max(merits, key=merits.__getitem__)
+    return (best[0], math.nan) if math.isinf(merits[best]) else best
+
+
+# --------------------------------------------------------------------- the program
+
+
+def finish(
+    config: Settings, results: Rows, data: dict[float, Dataset], limits: Limits
+) -> bool:
+    """Tune and train what is missing of every arm; return if there was time for all."""
+    arms = list(config.arms())
+    together = limits
+    for number, recipes in enumerate(arms, 1):
+        alone = recipes[0].rule in ALONE
+        limits = dataclasses.replace(together, seeds_at_once=1) if alone else together
+        for condition, images in data.items():
+            print(f"{number}/{len(arms)}: {TRAINER.title(recipes[0])}, {condition:g}")
+            best = tune(config, recipes, results, images, condition, limits)
+            if best is None:
+                return False
+            recipe, rate = best
+            if math.isnan(rate):
+                print("no rate of the grid is usable: all diverged; try smaller ones")
+                continue
+            runs = plan(config, recipe, "tuned", (rate,), condition)
+            done = train_runs(TRAINER, runs, results, images, test=True, limits=limits)
+            if done is None:
+                return False
+    return True
+
+
+def train(config: Settings) -> None:
+    """Train what is missing, and write tables and figures of all rows."""
+    deadline = time.monotonic() + 60 * config.minutes
+    every, at_once = config.checkpoint_seconds, config.at_once
+    limits = Limits(config.checkpoints, every, deadline, at_once)
+    try:
+        data = config.load()
+        count = len(next(iter(data.values())).train.labels)
+        check_batches(next(iter(config.arms()))[0], count)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+    results = Rows(config.results / "decorrelation.csv")
+    done = finish(config, results, data, limits)
+    print(f"written: {write(config.results)}")
+    if not done:
+        print(f"out of time; started again, it goes on: {results.path}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do as the command line says."""
+    config = tyro.extras.subcommand_cli_from_dict(
+        {
+            "digits": Digits,
+            "cifar10": Cifar10,
+            "memory": memory.Settings,
+            "speed": speed.Settings,
+        },
+        prog="python -m examples.decorrelation",
+        args=arguments,
+    )
+    if isinstance(config, Settings):
+        train(config)
+        return
+    (memory if isinstance(config, memory.Settings) else speed).measure(config)
+    print(f"written: {write(config.results)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,20 @@ class Checkpoints:
             leaves = jax.tree.leaves(tree)
             self._manager.save(step, args=ocp.args.StandardSave(leaves))
 
-    def restored(self, tree: Any) -> tuple[int, Any]:
+    def restored(
+        self, tree: Any, form: Callable[[list[Any]], Any] | None = None
+    ) -> tuple[int, Any]:
         """Return after how many steps the last was written, and the tree as it was.
 
-        Where there is none, zero and the tree that is given, else one like it.
+        Where there is none, zero and the tree that is given, else one like it; with
+        `form` one like what it makes of the arrays that were written, for trees whose
+        shapes change.
         """
         step = self._manager.latest_step() if self._manager else None
         if step is None:
             return 0, tree
+        if form is not None:
+            tree = form(self._manager.restore(step, args=ocp.args.StandardRestore()))
         leaves, structure = jax.tree.flatten(tree)
         found = self._manager.restore(step, args=ocp.args.StandardRestore(leaves))
         found = [
@@ -65,3 +72,107 @@ def checkpoints(
         yield Checkpoints(manager)
     if not keep:
         shutil.rmtree(own, ignore_errors=True)
+
+
+# ------------------------------------------------- those of a training that takes days
+
+
+class Training:
+    """The last few checkpoints of one training, and the best one; written behind it.
+
+    A folder under way when the program is killed is not taken for a checkpoint. What is
+    restored lies as it is asked for, whatever the mesh it was saved from.
+
+    Args:
+      folder: of the checkpoints, shared by all hosts: `last` and `best` are in it.
+      identity: what tells the training from others, of which JSON can be made.
+      keep: how many of the last ones to keep.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int):
+        self._folder, self._identity = folder.absolute(), dict(identity)
+        self._last, self._best = (
+            ocp.CheckpointManager(
+                self._folder / name,
+                options=ocp.CheckpointManagerOptions(max_to_keep=count),
+            )
+            for name, count in (("last", keep), ("best", 1))
+        )
+
+    def save(self, step: int, tree: Any) -> None:
+        """Begin to write a checkpoint, once the one before is written."""
+        self._write(self._last, step, tree, {})
+
+    def save_if_best(self, step: int, tree: Any, merit: float) -> None:
+        """Begin to write a checkpoint, if there is none of a higher merit."""
+        best = self._best.latest_step()
+        # Where it is not older, an earlier run was killed behind it.
+        if math.isfinite(merit) and (
+            best is None
+            or (step > best and merit > self._describe(self._best)["merit"])
+        ):
+            self._write(self._best, step, tree, {"merit": merit})
+
+    def restored(self, like: Any, *, best: bool = False) -> tuple[int, Any] | None:
+        """Return the step of the last (or best) checkpoint and its tree; or None.
+
+        Args:
+          like: arrays, or their shapes with the shardings that they shall have.
+          best: which.
+
+        Raises:
+          ValueError: if it is of another training; says what differs.
+        """
+        manager = self._best if best else self._last
+        step = manager.latest_step()
+        if step is None:
+            return None
+        self._compare(self._describe(manager)["identity"])
+        leaves, structure = jax.tree.flatten(like)
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(leaves))
+        found = manager.restore(step, args=wanted)["state"]
+        return step, jax.tree.unflatten(structure, found)
+
+    def __enter__(self) -> "Training":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait until all is written."""
+        for manager in (self._last, self._best):
+            manager.wait_until_finished()
+            manager.close()
+
+    def _write(
+        self,
+        manager: ocp.CheckpointManager,
+        step: int,
+        tree: Any,
+        more: Mapping[str, Any],
+    ) -> None:
+        about = {"identity": self._identity, **more}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(jax.tree.leaves(tree)),
+            about=ocp.args.JsonSave(about),
+        )
+        manager.save(step, args=items)
+
+    def _describe(self, manager: ocp.CheckpointManager) -> dict[str, Any]:
+        manager.wait_until_finished()
+        wanted = ocp.args.Composite(about=ocp.args.JsonRestore())
+        return manager.restore(manager.latest_step(), args=wanted)["about"]
+
+    def _compare(self, found: Mapping[str, Any]) -> None:
+        """Raise unless a checkpoint is of this training."""
+        ours = json.loads(json.dumps(self._identity))
+        differ = [
+            name for name in {**ours, **found} if ours.get(name) != found.get(name)
+        ]
+        if differ:
+            what = "; ".join(
+                f"`{name}` is {ours.get(name)!r} here and {found.get(name)!r} there"
+                for name in differ
+            )
+            raise ValueError(
+                f"The checkpoint in {self._folder} is of another training: {what}. "
+                "Go on with the settings of that, or write to another folder."
+            )

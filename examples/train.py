@@ -3,7 +3,8 @@
 The settings of both, the choice of the learning rate and the program. The trainer is
 `examples/supervised.py`, the optimisers are in `examples/optimisers.py`, the data sets
 in `examples/data/`, the networks in `examples/models/`, and what becomes of finished
-runs - the results file, the table, the figure - in `examples/report.py`.
+runs - the results file, the table, the figure - in `examples/report.py`. The subcommand
+`imagenet`, one network on as many devices as there are, is in `examples/imagenet.py`.
 
 Every run is one row of `results.csv`, written as soon as the run is finished. Started
 again, the program does what is missing. Accuracies along the way are those of the
@@ -23,6 +24,7 @@ from typing import Literal, get_args
 import jax
 import tyro
 
+from examples import imagenet
 from examples.data import Dataset, load_cifar10, load_digits
 from examples.models import CLASSIFIERS
 from examples.optimisers import WITHOUT_METHOD, Layers, Method, Optimiser
@@ -270,12 +272,20 @@ def tune(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compare optimisers as the command line says; write the results and a figure."""
+    """Do what the command line says."""
     config = tyro.extras.subcommand_cli_from_dict(
-        {"digits": Digits, "cifar10": Cifar10},
+        {"digits": Digits, "cifar10": Cifar10, "imagenet": imagenet.Imagenet},
         prog="python -m examples.train",
         args=arguments,
     )
+    if isinstance(config, imagenet.Imagenet):
+        imagenet.run_or_exit(config)
+    else:
+        compare(config)
+
+
+def compare(config: Comparison) -> None:
+    """Compare optimisers as a config says; write the results and a figure."""
     limits = Limits(
         config.output / "checkpoints",
         config.checkpoint_seconds,

@@ -6,6 +6,9 @@ are compared with eigendecompositions, single steps with the published formulas.
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -561,3 +564,33 @@ def test_bad_arguments_raise(make, error, words):
 
 def update(x, **kwargs):
     return nn.update_decorrelation(STATE, x, nn.Polar(), **kwargs)
+
+
+@pytest.mark.parametrize("name", ["Lateral(0.1)", "Polar()"])
+def test_several_layers_under_vmap_do_not_deadlock(name):
+    program = f"""
+import jax
+from orthax import nn
+rule = nn.{name}
+state = nn.init_decorrelation(64, rule)
+def of_seed(key):
+    def step(states, _):
+        x, new = jax.random.normal(key, (64, 64)), []
+        for s in states:
+            new.append(nn.update_decorrelation(s, x, rule))
+            x = nn.apply_decorrelation(s, x, rule)
+        return new, None
+    return jax.lax.scan(step, [state] * 3, None, length=3)[0]
+states = jax.jit(jax.vmap(of_seed))(jax.random.split(jax.random.key(0), 21))
+print(states[0].updates[0])
+"""
+    flags = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}  # the hasty ones hide it
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=240,
+    )
+    assert done.stdout.strip() == "3"

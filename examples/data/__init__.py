@@ -1,4 +1,7 @@
-"""Data sets of the trainers, as arrays in memory, one file each."""
+"""Data sets of the trainers, as arrays in memory, one file each.
+
+ImageNet, which does not fit there, is a stream: `examples/data/imagenet.py`.
+"""
 
 from examples.data.cifar10 import load_cifar10
 from examples.data.dataset import Dataset, Split

@@ -5,7 +5,7 @@ from typing import Any
 
 from flax import nnx
 
-from examples.models import basic_cnn, densenet, resnet
+from examples.models import basic_cnn, densenet, resnet, vit
 
 
 def _classifier(make: Callable[..., nnx.Module], *choices: str) -> Callable:
@@ -44,4 +44,18 @@ CLASSIFIERS: dict[str, Callable[..., nnx.Module]] = {
     "densenet161": _classifier(densenet.densenet161, "cifar_stem"),
     "resnext50_32x4d": _classifier(resnet.resnext50_32x4d, "cifar_stem"),
     "wide_resnet50_2": _classifier(resnet.wide_resnet50_2, "cifar_stem"),
+}
+
+
+def _of_size(make: Callable[..., nnx.Module]) -> Callable:
+    """Return `make` with the arguments of a network that takes images of any size."""
+    return lambda image_size, classes, **options: make(classes, **options)
+
+
+# name -> function (image_size, classes, *, dtype, rngs) of the networks for ImageNet.
+IMAGENET: dict[str, Callable[..., nnx.Module]] = {
+    "resnet18": _of_size(resnet.resnet18),
+    "resnet34": _of_size(resnet.resnet34),
+    "resnet50": _of_size(resnet.resnet50),
+    "vit_s16": vit.vit_s16,
 }

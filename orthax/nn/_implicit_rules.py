@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from orthax.nn._decorrelation_rules import averaged, check_number, matmul
 
-# One matrix after another under vmap: jaxlib's batched decompositions can deadlock on
-# CPU (three or more of them in one program).
-_lu = jax.custom_batching.sequential_vmap(lambda x: jax.scipy.linalg.lu_factor(x))
+# One matrix after another under vmap: jaxlib's batched decompositions, and triangular
+# solves, can deadlock on CPU (three or more of them in one program).
+_inverse = jax.custom_batching.sequential_vmap(lambda x: jnp.linalg.inv(x))
 _qr = jax.custom_batching.sequential_vmap(lambda x: jnp.linalg.qr(x)[0])
 
 
@@ -31,7 +31,7 @@ class Lateral:
       ValueError: if it is not positive.
 
     Limits:
-      An LU factorisation of M in every forward pass. Where a feature of z is constant,
+      The inverse of M in every forward pass. Where a feature of z is constant,
       M stays as it is. Other directions without variance lose `learning_rate` from M
       with every step: they are amplified until M is singular and batches are skipped.
 
@@ -60,15 +60,15 @@ class Lateral:
 
     def apply(self, state: jax.Array, x: jax.Array) -> jax.Array:
         """Return the solutions of `M z = x`, shape (n, d)."""
-        return jax.scipy.linalg.lu_solve(_lu(state), x.T).T
+        return matmul(x, _inverse(state).T)
 
     def fold(self, state: jax.Array, kernel: jax.Array) -> jax.Array:
         """Return the solution of `M.T k = kernel`, shape (d, out)."""
-        return jax.scipy.linalg.lu_solve(_lu(state), kernel, trans=1)
+        return matmul(_inverse(state).T, kernel)
 
     def matrix(self, state: jax.Array) -> jax.Array:
         """Return the inverse of M."""
-        return self.apply(state, jnp.eye(len(state), dtype=state.dtype)).T
+        return _inverse(state)
 
     def update(
         self, state: jax.Array, x: jax.Array, *, axis_name: Any | None = None

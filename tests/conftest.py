@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import os
 
@@ -20,7 +21,12 @@ import jax
 import pytest
 
 # Makers of golden numbers need what the tests do not (PyTorch).
-collect_ignore_glob = ["data/*.py"]
+# What users write is for a type checker, mistakes included.
+collect_ignore_glob = ["data/*.py", "typed_use.py"]
+
+# Tracing makes many objects that live long: with Python's thresholds a seventh of the
+# time of tests is spent on looking through them.
+gc.set_threshold(20_000, 50, 100)
 
 
 @pytest.fixture

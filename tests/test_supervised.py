@@ -635,8 +635,16 @@ def traced_in_linear_time(monkeypatch):
     monkeypatch.setattr(nnx.Variable, "__setitem__", setitem)
 
 
+# The largest of a kind take half a minute each.
+LARGE = ("densenet121", "densenet161", "wide_resnet50_2")
+EACH = [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
+    for name in CLASSIFIERS
+]
+
+
 @pytest.mark.usefixtures("traced_in_linear_time")
-@pytest.mark.parametrize("model", list(CLASSIFIERS))
+@pytest.mark.parametrize("model", EACH)
 def test_every_network_trains(model):
     run = make_short_run(model, "sgd")
     step = functools.partial(supervised.train_step, recipe=run.recipe)

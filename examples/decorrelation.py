@@ -16,7 +16,6 @@ again. The test images are looked at once, after the last epoch of a run whose r
 were already settled.
 """
 
-import dataclasses
 import math
 import sys
 import time
@@ -28,7 +27,6 @@ from examples import decorrelation_memory as memory, decorrelation_speed as spee
 from examples.data import Dataset
 from examples.decorrelation_page import write
 from examples.decorrelation_report import Rows, merit
-from examples.decorrelation_rules import ALONE
 from examples.decorrelation_settings import Cifar10, Digits, Settings
 from examples.decorrelation_training import TRAINER, Recipe, Run
 from examples.runs import Limits
@@ -94,10 +92,7 @@ def finish(
 ) -> bool:
     """Tune and train what is missing of every arm; return if there was time for all."""
     arms = list(config.arms())
-    together = limits
     for number, recipes in enumerate(arms, 1):
-        alone = recipes[0].rule in ALONE
-        limits = dataclasses.replace(together, seeds_at_once=1) if alone else together
         for condition, images in data.items():
             print(f"{number}/{len(arms)}: {TRAINER.title(recipes[0])}, {condition:g}")
             best = tune(config, recipes, results, images, condition, limits)

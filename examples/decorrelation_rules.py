@@ -23,9 +23,6 @@ Name = Literal[
 ]
 NAMES: tuple[Name, ...] = Name.__args__
 WITHOUT_RATE: tuple[Name, ...] = ("nothing", "mean")
-# Its triangular solves, batched over networks side by side, wait for each other on a
-# CPU for ever: one network at a time.
-ALONE: tuple[Name, ...] = ("lateral",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,19 +178,6 @@ def test_a_run_that_diverges_is_a_result(digits, tmp_path, finished):
     assert (row["status"], row["validation_loss"]) == ("diverged", "nan")
 
 
-def test_what_can_hang_side_by_side_is_trained_alone(digits, monkeypatch):
-    told = {}
-
-    def tune(config, recipes, results, data, condition, limits):
-        told[recipes[0].rule] = limits.seeds_at_once
-        return recipes[0], math.nan
-
-    monkeypatch.setattr(decorrelation, "tune", tune)
-    config = dataclasses.replace(SMALL, learning=("fa",), rules=("lateral", "mean"))
-    decorrelation.finish(config, None, {1.0: digits}, Limits(seeds_at_once=7))
-    assert told == {"lateral": 1, "mean": 7}
-
-
 # ------------------------------------------------------------------------- networks
 
 

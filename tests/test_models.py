@@ -66,7 +66,13 @@ MATRICES = {
 
 STACKED = components.ByName(stacked=("experts",))
 
-every_network = pytest.mark.parametrize("name", WHOLE)
+every_network = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "densenet161"))
+        for name in WHOLE
+    ],
+)
 # One of each form that is quickly traced, the others take long.
 FORMS = ("basic_cnn", "resnet20", "resnet18", "resnext50_32x4d")
 every_classifier_in_time = pytest.mark.parametrize(

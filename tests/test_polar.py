@@ -411,7 +411,11 @@ def test_lowers_for_other_platforms(method):
     [
         ("f(x, m)", "polar.SVD(), polar.QDWH(), polar.GramEigh(), polar.Auto()"),
         ("jax.vmap(lambda x: f(x, m))(x)", "polar.QDWH(), polar.GramEigh()"),
-        ("jax.grad(lambda x: f(x, m)[0, :3].sum())(x)", "polar.Auto()"),
+        pytest.param(
+            "jax.grad(lambda x: f(x, m)[0, :3].sum())(x)",
+            "polar.Auto()",
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["stack", "vmap", "grad"],
 )

@@ -163,6 +163,7 @@ numpy.savez(sys.argv[1], *multihost_utils.process_allgather(leaves, tiled=True))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, monkeypatch, capsys):
     losses, _ = one_device()
     with socket.socket() as free:

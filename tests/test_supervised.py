@@ -636,7 +636,7 @@ def traced_in_linear_time(monkeypatch):
 
 
 # The largest of a kind take half a minute each.
-LARGE = ("densenet121", "densenet161", "wide_resnet50_2")
+LARGE = ("densenet121", "densenet161", "resnext50_32x4d", "wide_resnet50_2")
 EACH = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
     for name in CLASSIFIERS

@@ -81,6 +81,7 @@ def test_a_trainer_goes_on_from_where_it_was():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_ti16", "gpt2_small", "moe32"])
+@pytest.mark.slow
 def test_the_steps_that_a_gpu_is_asked_for_are_steps(name):
     start = trainers.initialise(trainers.setting(name), abstract=True)
     tx = trainers.OPTIMISERS["orthogonalise(), sgd"](trees.MODELS[name].rule)
@@ -121,6 +122,7 @@ def test_optax_muon_cuts_as_we_do():
     np.testing.assert_allclose(norms, norms[0], rtol=0.2)
 
 
+@pytest.mark.slow
 def test_every_network_is_trained_and_has_a_tree():
     assert set(trainers.CASES) == set(trees.MODELS) == set(trees.NETWORKS)
     for name, make in trees.NETWORKS.items():

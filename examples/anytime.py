@@ -29,12 +29,11 @@ from examples.anytime_training import TRAINER, Recipe, Run
 from examples.data import Dataset, Split, load_cifar10, load_digits
 from examples.models.anytime import MODELS, Model
 from examples.optimisers import WITHOUT_METHOD, Optimiser
-from examples.runs import Limits
+from examples.runs import Limits, seeds_of
 from examples.side_by_side import train_runs
 from examples.supervised import Schedule, check_batches
 from examples.task_rules import RULES, STATEFUL, Rule
 
-FIRST_TUNING_SEED = 1_000_000  # no final run shares its seed with a run of the grid
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -193,13 +192,11 @@ def plan(
     config: Settings, recipe: Recipe, chosen: str, rates: Sequence[float]
 ) -> list[Run]:
     """Return the runs of an arm at some rates, for every seed."""
-    first, seeds = 0, config.seeds
-    if chosen == "grid":
-        first, seeds = FIRST_TUNING_SEED, config.tuning_seeds
+    seeds = seeds_of(chosen, config.seeds, config.tuning_seeds)
     return [
         Run(recipe, config.epochs, rate, config.schedule, chosen, seed)
         for rate in rates
-        for seed in range(first, first + seeds)
+        for seed in seeds
     ]
 
 

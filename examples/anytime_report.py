@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown as table
 from examples.models.anytime import MODELS
-from examples.report import Results, Row, mean_and_error, spread
+from examples.report import CIRCUMSTANCES, Results, Row, mean_and_error, spread
 from examples.task_rules import RULES
 
 INDEPENDENT = "independent"
@@ -46,12 +46,7 @@ COLUMNS = (
     "cosines",
     "conflicts",
     "seconds",
-    "device",
-    "python",
-    "jax",
-    "flax",
-    "optax",
-    "orthax",
+    *CIRCUMSTANCES,
 )
 
 

@@ -9,24 +9,21 @@ alone are trained side by side; what is stopped goes on from its last checkpoint
 import dataclasses
 import functools
 import math
-import platform
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-import orthax
 from examples import supervised
 from examples.anytime_report import COLUMNS, INDEPENDENT, KEY
 from examples.data import Split
 from examples.data.augmentation import augmented
 from examples.models.anytime import make_mlp, make_resnet
-from examples.report import Row, describe_device
+from examples.report import Row, circumstances, joined
 from examples.side_by_side import Trainer
 from examples.supervised import State, forward, normalised, score
 from examples.task_rules import make_rule
@@ -236,21 +233,15 @@ def make_row(
         last = {name: np.full_like(values, np.nan) for name, values in last.items()}
     values = {
         **run.key(),
-        **{name: _numbers(x) for name, x in last.items()},
+        **{name: joined(x) for name, x in last.items()},
         "status": "finished" if finite else "diverged",
         "flops": " ".join(map(str, flops(dataclasses.replace(run.recipe, rule="sum")))),
-        "cosines": "; ".join(map(_numbers, history.cosines)),
-        "conflicts": _numbers(history.conflicts.mean(0)),
+        "cosines": "; ".join(map(joined, history.cosines)),
+        "conflicts": joined(history.conflicts.mean(0)),
         "seconds": f"{seconds:.2f}",
-        "device": describe_device(),
-        "python": platform.python_version(),
-        **{x.__name__: x.__version__ for x in (jax, flax, optax, orthax)},
+        **circumstances(),
     }
     return {name: values.get(name, "") for name in COLUMNS}
-
-
-def _numbers(values: np.ndarray) -> str:
-    return " ".join(f"{value:.4g}" for value in np.asarray(values, float))
 
 
 def title(recipe: Recipe) -> str:

@@ -29,12 +29,9 @@ from examples.decorrelation_page import write
 from examples.decorrelation_report import Rows, merit
 from examples.decorrelation_settings import Cifar10, Digits, Settings
 from examples.decorrelation_training import TRAINER, Recipe, Run
-from examples.runs import Limits
+from examples.runs import Limits, seeds_of
 from examples.side_by_side import train_runs
 from examples.supervised import check_batches
-
-FIRST_TUNING_SEED = 1_000_000  # no final run shares its seed with a run of the grid
-
 
 # --------------------------------------------------------------- the choice of rates
 
@@ -47,13 +44,11 @@ def plan(
     condition: float,
 ) -> list[Run]:
     """Return the runs of a recipe at some learning rates, for every seed."""
-    first, seeds = 0, config.seeds
-    if chosen == "grid":
-        first, seeds = FIRST_TUNING_SEED, config.tuning_seeds
+    seeds = seeds_of(chosen, config.seeds, config.tuning_seeds)
     return [
         Run(recipe, config.epochs, rate, config.schedule, chosen, seed, condition)
         for rate in rates
-        for seed in range(first, first + seeds)
+        for seed in seeds
     ]
 
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from benchmarks.tables import markdown as table
 from examples.anytime_report import NOT_YET, select
 from examples.decorrelation_rules import NAMES, WITHOUT_RATE
-from examples.report import Results, Row, curve, mean_and_error, spread
+from examples.report import CIRCUMSTANCES, Results, Row, curve, mean_and_error, spread
 
 CURVES = ("train_loss", "validation_loss", "validation_accuracy")
 # The columns that tell one run from another; those of _ARM may differ in one table.
@@ -43,12 +43,7 @@ COLUMNS = (
     "test_accuracy",
     "steps",
     "seconds",
-    "device",
-    "python",
-    "jax",
-    "flax",
-    "optax",
-    "orthax",
+    *CIRCUMSTANCES,
     *(f"{name}_curve" for name in CURVES),
     "correlation_curve",
 )

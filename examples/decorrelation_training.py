@@ -9,24 +9,21 @@ side; what is stopped goes on from its last checkpoint.
 
 import dataclasses
 import functools
-import platform
 from typing import Literal, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 
-import orthax
 from examples import decorrelation_rules as rules, supervised
 from examples.approximations import feedback_aligned, node_perturbation
 from examples.data import Split
 from examples.decorrelation_report import COLUMNS, CURVES, KEY
 from examples.models.decorrelation import Model, decorrelated, inputs, make_network
 from examples.models.initialisers import KAIMING_FAN_IN
-from examples.report import Row, describe_device
+from examples.report import Row, circumstances, joined
 from examples.side_by_side import Trainer
 from examples.supervised import State, evaluate, normalised, score
 from orthax import nn
@@ -216,20 +213,14 @@ def make_row(
     values = {
         **run.key(),
         **{name: f"{value:.6g}" for name, value in last.items()},
-        **{f"{name}_curve": _numbers(curve) for name, curve in curves.items()},
-        "correlation_curve": "; ".join(map(_numbers, history.correlation)),
+        **{f"{name}_curve": joined(curve) for name, curve in curves.items()},
+        "correlation_curve": "; ".join(map(joined, history.correlation)),
         "status": "finished" if finite else "diverged",
         "steps": str(int(history.steps.sum())),
         "seconds": f"{seconds:.3f}",
-        "device": describe_device(),
-        "python": platform.python_version(),
-        **{x.__name__: x.__version__ for x in (jax, flax, optax, orthax)},
+        **circumstances(),
     }
     return {name: values.get(name, "") for name in COLUMNS}
-
-
-def _numbers(values: np.ndarray) -> str:
-    return " ".join(f"{value:.4g}" for value in np.asarray(values, float))
 
 
 def title(recipe: Recipe) -> str:

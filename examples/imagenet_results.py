@@ -3,18 +3,13 @@
 import csv
 import dataclasses
 import os
-import platform
-from typing import Any
 
-import flax
 import grain
 import jax
-import optax
 
-import orthax
 from examples.data.records import Records
 from examples.imagenet import Imagenet
-from examples.report import Results, Row, describe_device
+from examples.report import CIRCUMSTANCES, Results, Row, circumstances, joined
 
 KEY = (
     "classes",
@@ -60,12 +55,7 @@ COLUMNS = (
     "processes",
     "cpus",
     "load",
-    "device",
-    "python",
-    "jax",
-    "flax",
-    "optax",
-    "orthax",
+    *CIRCUMSTANCES,
     "grain",
     *CURVES,
 )
@@ -98,7 +88,6 @@ def make_row(config: Imagenet, training: Records, mesh: jax.sharding.Mesh) -> Ro
         "images_per_s": images / seconds,
         "waited": waited / seconds,
     }
-    modules: tuple[Any, ...] = (jax, flax, optax, orthax, grain)
     row = {
         **key(config, training),
         **{name: f"{value:.6g}" for name, value in values.items()},
@@ -107,11 +96,10 @@ def make_row(config: Imagenet, training: Records, mesh: jax.sharding.Mesh) -> Ro
         "processes": str(jax.process_count()),
         "cpus": str(os.cpu_count()),
         "load": f"{os.getloadavg()[0]:.1f}",
-        "device": describe_device(),
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in modules},
+        **circumstances(),
+        "grain": grain.__version__,
         **{
-            name: " ".join(f"{epoch[column]:.4g}" for epoch in epochs)
+            name: joined([epoch[column] for epoch in epochs])
             for name, column in CURVES.items()
         },
     }

@@ -32,10 +32,8 @@ from examples.low_rank_runs import train_runs
 from examples.low_rank_settings import NO_CUT, Cifar10, Digits, Settings
 from examples.low_rank_training import Arm, Model, Recipe, Run, layers_of
 from examples.report import Results, Row, gather
-from examples.runs import Limits, OutOfTime
+from examples.runs import Limits, OutOfTime, seeds_of
 from examples.supervised import check_batches
-
-FIRST_TUNING_SEED = 1_000_000  # no final run shares its seed with a run of the grid
 
 # ------------------------------------------------------------------ one arm at a time
 
@@ -62,11 +60,10 @@ class Study:
 
     def runs(self, recipe: Recipe, arm: Arm, rate: float, chosen: str) -> list[Run]:
         """Return the runs of an arm at a rate, for every seed."""
-        first, seeds = 0, self.config.seeds
-        if chosen == "grid":
-            first, seeds = FIRST_TUNING_SEED, self.config.tuning_seeds
-        given = recipe, self.config.epochs, rate, self.config.schedule, chosen
-        return [Run(*given, seed, arm) for seed in range(first, first + seeds)]
+        config = self.config
+        given = recipe, config.epochs, rate, config.schedule, chosen
+        seeds = seeds_of(chosen, config.seeds, config.tuning_seeds)
+        return [Run(*given, seed, arm) for seed in seeds]
 
     def tuned(
         self, recipe: Recipe, arms: Sequence[Arm], chosen: str = "tuned"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.tables import markdown as table
-from examples.report import Results, Row, curve, spread
+from examples.report import CIRCUMSTANCES, Results, Row, curve, spread
 
 NOT_YET = "not yet run"
 # The columns that tell one run from another; those of _ARM may differ in one table.
@@ -64,12 +64,7 @@ COLUMNS = (
     "stability",
     "seconds",
     "load",
-    "device",
-    "python",
-    "jax",
-    "flax",
-    "optax",
-    "orthax",
+    *CIRCUMSTANCES,
 )
 
 

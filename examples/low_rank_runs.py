@@ -7,19 +7,15 @@ stopped goes on from its last checkpoint.
 import dataclasses
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from tqdm import tqdm
 
-import orthax
 from examples import supervised
 from examples.data import Dataset
 from examples.low_rank_report import COLUMNS
@@ -35,7 +31,7 @@ from examples.low_rank_training import (
     programs,
     with_ranks,
 )
-from examples.report import Results, Row, describe_device
+from examples.report import Results, Row, circumstances, joined
 from examples.runs import Limits, compiled, train_epochs, train_missing
 from orthax import diagnostics, low_rank
 
@@ -207,23 +203,17 @@ def make_row(
     values = {
         **run.key(),
         **{name: f"{value:.6g}" for name, value in last.items()},
-        **{f"{name}_curve": _numbers(values) for name, values in curves.items()},
+        **{f"{name}_curve": joined(values) for name, values in curves.items()},
         "status": "finished" if finite else "diverged",
         "layers": " ".join(layers_of(run.recipe)),
-        "ranks_at_end": _numbers(history.ranks[-1]) if history.ranks[-1].any() else "",
+        "ranks_at_end": joined(history.ranks[-1]) if history.ranks[-1].any() else "",
         "matrices": " ".join(matrices_of(run.recipe)),
-        "stability": "; ".join(map(_numbers, history.stability)),
+        "stability": "; ".join(map(joined, history.stability)),
         "seconds": f"{np.nansum(history.step_ms) * steps / 1e3:.6g}",
         "load": f"{os.getloadavg()[0]:.1f}",
-        "device": describe_device(),
-        "python": platform.python_version(),
-        **{x.__name__: x.__version__ for x in (jax, flax, optax, orthax)},
+        **circumstances(),
     }
     return {name: values.get(name, "") for name in COLUMNS}
-
-
-def _numbers(values: np.ndarray) -> str:
-    return " ".join(f"{value:.4g}" for value in np.asarray(values, float))
 
 
 def train_runs(

@@ -5,19 +5,26 @@ import dataclasses
 import itertools
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import flax
 import jax
 import numpy as np
+import optax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+import orthax
 
 EPOCHS_SHOWN = (1, 3, 5, 10, 20, 50)
 CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
+# The columns of every results file that say where and with what a row came about.
+CIRCUMSTANCES = ("device", "python", "jax", "flax", "optax", "orthax")
 # The columns of the results file; those of KEY tell one run from another.
 KEY = (
     "data",
@@ -49,12 +56,7 @@ COLUMNS = (
     *CURVES,
     "seconds",
     "images_per_s",
-    "device",
-    "python",
-    "jax",
-    "flax",
-    "optax",
-    "orthax",
+    *CIRCUMSTANCES,
     *(f"{name}_curve" for name in CURVES),
 )
 
@@ -146,6 +148,18 @@ def describe_device() -> str:
     device = jax.devices()[0]
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
     return device.device_kind + cores
+
+
+def circumstances() -> Row:
+    """Return the columns that say where and with what a row came about."""
+    versions = (x.__version__ for x in (jax, flax, optax, orthax))
+    values = (describe_device(), platform.python_version(), *versions)
+    return dict(zip(CIRCUMSTANCES, values, strict=True))
+
+
+def joined(values: Sequence[float] | np.ndarray) -> str:
+    """Return numbers as one column has them: four digits, divided by spaces."""
+    return " ".join(f"{value:.4g}" for value in np.asarray(values, float))
 
 
 # --------------------------------------------------------- the table and the figure

@@ -18,6 +18,22 @@ from tqdm import tqdm
 from examples.checkpoints import checkpoints
 from examples.report import Results, Row
 
+FIRST_TUNING_SEED = 1_000_000
+
+
+def seeds_of(chosen: str, final: int, tuning: int) -> range:
+    """Return the seeds of the runs of an arm at a rate.
+
+    No final run shares its seed with a run of the grid.
+
+    Args:
+      chosen: how the rate is: `"grid"` for those that are tried.
+      final: how many seeds the others have.
+      tuning: how many those have.
+    """
+    first, count = (FIRST_TUNING_SEED, tuning) if chosen == "grid" else (0, final)
+    return range(first, first + count)
+
 
 class OutOfTime(Exception):
     """The deadline has passed; what was trained is in a checkpoint."""

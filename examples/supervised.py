@@ -10,12 +10,10 @@ numbers as if it had not been.
 import dataclasses
 import functools
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +21,20 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-import orthax
 from examples import optimisers
 from examples.data import Dataset, Split
 from examples.data.augmentation import augmented
 from examples.models import CLASSIFIERS
 from examples.models.basic_cnn import BasicCNN
-from examples.report import COLUMNS, EPOCHS_SHOWN, KEY, Results, Row, describe_device
+from examples.report import (
+    COLUMNS,
+    EPOCHS_SHOWN,
+    KEY,
+    Results,
+    Row,
+    circumstances,
+    joined,
+)
 from examples.runs import (
     Limits,
     OutOfTime as OutOfTime,
@@ -457,7 +462,7 @@ def make_row(
         **test,
     }
     series = {
-        f"{name}_curve": " ".join(f"{value:.4g}" for value in values)
+        f"{name}_curve": joined(values)
         for name, values in curves._asdict().items()
         if name != "seconds"
     }
@@ -467,9 +472,7 @@ def make_row(
         "status": "diverged" if diverged else "finished",
         "seconds": f"{seconds:.2f}",
         "images_per_s": f"{images * epochs / seconds:.4g}",
-        "device": describe_device(),
-        "python": platform.python_version(),
-        **{x.__name__: x.__version__ for x in (jax, flax, optax, orthax)},
+        **circumstances(),
         **series,
     }
     return {name: values.get(name, "") for name in COLUMNS}

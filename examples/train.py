@@ -37,16 +37,14 @@ from examples.report import (
     plot,
     spread,
 )
+from examples.runs import Limits, seeds_of
 from examples.supervised import (
-    Limits,
     Recipe,
     Run,
     Schedule,
     check_batches,
     train_runs,
 )
-
-FIRST_TUNING_SEED = 1_000_000  # no final run shares its seed with a run of the grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,14 +224,12 @@ def plan(
     config: Comparison, chosen: str, rates: dict[str, Sequence[float]]
 ) -> list[Run]:
     """Return the runs of every optimiser in `rates` at its rates, for every seed."""
-    first, seeds = 0, config.seeds
-    if chosen == "grid":
-        first, seeds = FIRST_TUNING_SEED, config.tuning_seeds
+    seeds = seeds_of(chosen, config.seeds, config.tuning_seeds)
     return [
         Run(config.recipe(name), config.epochs, rate, config.schedule, chosen, seed)
         for name in rates
         for rate in rates[name]
-        for seed in range(first, first + seeds)
+        for seed in seeds
     ]
 
 

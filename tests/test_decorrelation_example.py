@@ -38,7 +38,7 @@ from examples.models.decorrelation import (
     plain,
 )
 from examples.models.initialisers import KAIMING_FAN_IN
-from examples.runs import Limits
+from examples.runs import FIRST_TUNING_SEED, Limits
 from orthax import nn
 
 SHORT = (
@@ -137,7 +137,7 @@ def test_both_rates_are_the_best_on_validation_images(digits, tmp_path, finished
     recipe, rate = decorrelation.tune(config, recipes, results, data, 1.0, limits)
     losses = {}
     for row in results.rows():
-        assert int(row["seed"]) >= decorrelation.FIRST_TUNING_SEED
+        assert int(row["seed"]) >= FIRST_TUNING_SEED
         curve = [*map(float, row["validation_loss_curve"].split())]
         losses[float(row["rate"]), float(row["learning_rate"])] = sum(curve)
     assert len(losses) == 4

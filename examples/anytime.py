@@ -1,11 +1,11 @@
 """Train anytime networks: `python -m examples.anytime digits`, or `cifar10`.
 
-The settings, the choice of the learning rate and the program. The trainer is
-`examples/anytime_training.py`, the networks are in `examples/models/anytime.py`, the
-rules by name in `examples/task_rules.py`, and what becomes of finished runs - the
-results file, tables and figures - in `examples/anytime_report.py`. How the paper (Wan,
-Hoffmann, Lu, Maire, 2020, https://arxiv.org/abs/2008.06635) combines the gradients of
-the exits and nests the stages is a reconstruction: its algorithm could not be read.
+The settings, the choice of the learning rate and the program. The rest is in
+`examples/experiments/anytime/`: the trainer, the rules by name, and what becomes of
+finished runs (report); the networks are in `examples/models/anytime.py`. How the paper
+(Wan, Hoffmann, Lu, Maire, 2020, https://arxiv.org/abs/2008.06635) combines the
+gradients of the exits and nests the stages is a reconstruction: its algorithm could not
+be read.
 
 Every network is trained with every rule of `orthax.transforms`, each at its own
 learning rate, the best of one grid by the validation images; and beside them, for every
@@ -24,17 +24,16 @@ from pathlib import Path
 import jax
 import tyro
 
-from examples.anytime_report import INDEPENDENT, Rows, merit, write
-from examples.anytime_training import TRAINER, Recipe, Run
 from examples.data import Dataset, Split, load_cifar10, load_digits
+from examples.experiments.anytime.report import INDEPENDENT, Rows, merit, write
+from examples.experiments.anytime.task_rules import RULES, STATEFUL, Rule
+from examples.experiments.anytime.training import TRAINER, Recipe, Run
 from examples.models.anytime import MODELS, Model
-from examples.optimisers import WITHOUT_METHOD, Optimiser
-from examples.runs import Limits, seeds_of
-from examples.side_by_side import train_runs
-from examples.supervised import Schedule, check_batches
-from examples.task_rules import RULES, STATEFUL, Rule
-
-RESULTS = Path(__file__).parent / "results"
+from examples.training.optimisers import WITHOUT_METHOD, Optimiser
+from examples.training.report import RESULTS
+from examples.training.runs import Limits, seeds_of
+from examples.training.side_by_side import train_runs
+from examples.training.supervised import Schedule, check_batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,9 @@
 """Train decorrelated networks: `python -m examples.decorrelation digits` or `cifar10`.
 
-The choice of the rates and the program; `memory` measures a large layer,
-`speed` a step. The settings
-are in `examples/decorrelation_settings.py`, the trainer in `decorrelation_training.py`,
-the rules by name in `decorrelation_rules.py`, the networks in
-`models/decorrelation.py`, and what becomes of finished runs is in
-`decorrelation_report.py` and `decorrelation_page.py`.
+The choice of the rates and the program; `memory` measures a large layer, `speed` a
+step. The rest is in `examples/experiments/decorrelation/`: settings, trainer, the rules
+by name, and what becomes of finished runs (report, page); the networks are in
+`examples/models/decorrelation.py`.
 
 Backpropagation, feedback alignment and node perturbation, each with nothing done to the
 inputs of the layers, with mean removal alone, and with the rules of `orthax.nn` (Ahmad,
@@ -23,15 +21,15 @@ from collections.abc import Sequence
 
 import tyro
 
-from examples import decorrelation_memory as memory, decorrelation_speed as speed
 from examples.data import Dataset
-from examples.decorrelation_page import write
-from examples.decorrelation_report import Rows, merit
-from examples.decorrelation_settings import Cifar10, Digits, Settings
-from examples.decorrelation_training import TRAINER, Recipe, Run
-from examples.runs import Limits, seeds_of
-from examples.side_by_side import train_runs
-from examples.supervised import check_batches
+from examples.experiments.decorrelation import memory, speed
+from examples.experiments.decorrelation.page import write
+from examples.experiments.decorrelation.report import Rows, merit
+from examples.experiments.decorrelation.settings import Cifar10, Digits, Settings
+from examples.experiments.decorrelation.training import TRAINER, Recipe, Run
+from examples.training.runs import Limits, seeds_of
+from examples.training.side_by_side import train_runs
+from examples.training.supervised import check_batches
 
 # --------------------------------------------------------------- the choice of rates
 

@@ -1,10 +1,10 @@
 """Train low-rank networks: `python -m examples.low_rank digits`, or `cifar10`.
 
 The arms, the choice of the learning rate and the program. The settings are in
-`examples/low_rank_settings.py`; what a run is, and its steps, in
-`examples/low_rank_training.py`, the loops over epochs and runs in
-`examples/low_rank_runs.py`, and what becomes of finished runs in
-`examples/low_rank_report.py` and `examples/low_rank_page.py`.
+`examples/experiments/low_rank/settings.py`; what a run is, and its steps, in
+`examples/experiments/low_rank/training.py`, the loops over epochs and runs in
+`examples/experiments/low_rank/runs.py`, and what becomes of finished runs in
+`examples/experiments/low_rank/report.py` and `examples/experiments/low_rank/page.py`.
 
 Every network is trained at full rank and with OIALR (Coquelin et al. 2024,
 https://arxiv.org/abs/2401.08505) at several thresholds, each at its own learning rate,
@@ -26,14 +26,14 @@ import numpy as np
 import tyro
 
 from examples.data import Dataset
-from examples.low_rank_page import write
-from examples.low_rank_report import Rows
-from examples.low_rank_runs import train_runs
-from examples.low_rank_settings import NO_CUT, Cifar10, Digits, Settings
-from examples.low_rank_training import Arm, Model, Recipe, Run, layers_of
-from examples.report import Results, Row, gather
-from examples.runs import Limits, OutOfTime, seeds_of
-from examples.supervised import check_batches
+from examples.experiments.low_rank.page import write
+from examples.experiments.low_rank.report import Rows
+from examples.experiments.low_rank.runs import train_runs
+from examples.experiments.low_rank.settings import NO_CUT, Cifar10, Digits, Settings
+from examples.experiments.low_rank.training import Arm, Model, Recipe, Run, layers_of
+from examples.training.report import Results, Row, gather
+from examples.training.runs import Limits, OutOfTime, seeds_of
+from examples.training.supervised import check_batches
 
 # ------------------------------------------------------------------ one arm at a time
 

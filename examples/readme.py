@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.tables import put
-from examples.report import EPOCHS_SHOWN, Arm, Results, gather, spread
+from examples.training.report import EPOCHS_SHOWN, Arm, Results, gather, spread
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -1,11 +1,12 @@
 """Run the paper's CIFAR-10 study: `python -m examples.reproduce table1 --minutes 9`.
 
-arXiv 2202.07052, Sections 2.3 and 3. The studies are in `examples/studies.py`; tables
-6, 7 and 8 are the losses of 5, 2 and 4, and figures 1 to 5, 10 and 12 to 14 the curves
-of the same runs. Every finished run is a row of `examples/results/cifar10.csv`, and is
-not run again: any part can be run anywhere, for as long as there is time. Whatever is
-run, `examples/results/README.md` and its figures are written from all rows that are
-there, beside the paper's numbers; `python -m examples.reproduce report` does only that.
+arXiv 2202.07052, Sections 2.3 and 3. The studies are in `examples/paper/studies.py`;
+tables 6, 7 and 8 are the losses of 5, 2 and 4, and figures 1 to 5, 10 and 12 to 14 the
+curves of the same runs. Every finished run is a row of `examples/results/cifar10.csv`,
+and is not run again: any part can be run anywhere, for as long as there is time.
+Whatever is run, `examples/results/README.md` and its figures are written from all rows
+that are there, beside the paper's numbers; `python -m examples.reproduce report` does
+only that.
 """
 
 import dataclasses
@@ -19,14 +20,13 @@ from typing import Annotated, Literal
 import jax
 import tyro
 
-from examples import comparison, probes
 from examples.data import Dataset, load_cifar10
-from examples.report import Results
-from examples.runs import Limits
-from examples.studies import STUDIES, Study
-from examples.supervised import Run, train_runs
+from examples.paper import comparison, probes
+from examples.paper.studies import STUDIES, Study
+from examples.training.report import RESULTS, Results
+from examples.training.runs import Limits
+from examples.training.supervised import Run, train_runs
 
-RESULTS = Path(__file__).parent / "results"
 Name = Literal[(*STUDIES, *probes.PROBES, "report")]
 
 

@@ -33,10 +33,10 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from tqdm import tqdm
 
 import orthax
-from examples.checkpoints import checkpoints
 from examples.data import load_digits
 from examples.models.gpt import GPT, GPTConfig
-from examples.optimisers import (
+from examples.training.checkpoints import checkpoints
+from examples.training.optimisers import (
     METHODS,
     WITHOUT_METHOD,
     Method,

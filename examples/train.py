@@ -1,10 +1,10 @@
 """Compare optimisers on real data: `python -m examples.train digits`, or `cifar10`.
 
 The settings of both, the choice of the learning rate and the program. The trainer is
-`examples/supervised.py`, the optimisers are in `examples/optimisers.py`, the data sets
-in `examples/data/`, the networks in `examples/models/`, and what becomes of finished
-runs - the results file, the table, the figure - in `examples/report.py`. The subcommand
-`imagenet`, one network on as many devices as there are, is in `examples/imagenet.py`.
+`examples/training/supervised.py`, beside it are the optimisers and what becomes of
+finished runs: the results file, the table, the figure (`report.py`). The data sets are
+in `examples/data/`, the networks in `examples/models/`. The subcommand `imagenet`, one
+network on as many devices as there are, is in `examples/streaming/imagenet.py`.
 
 Every run is one row of `results.csv`, written as soon as the run is finished. Started
 again, the program does what is missing. Accuracies along the way are those of the
@@ -24,11 +24,11 @@ from typing import Literal, get_args
 import jax
 import tyro
 
-from examples import imagenet
 from examples.data import Dataset, load_cifar10, load_digits
 from examples.models import CLASSIFIERS
-from examples.optimisers import WITHOUT_METHOD, Layers, Method, Optimiser
-from examples.report import (
+from examples.streaming import imagenet
+from examples.training.optimisers import WITHOUT_METHOD, Layers, Method, Optimiser
+from examples.training.report import (
     Arm,
     Results,
     describe_device,
@@ -37,8 +37,8 @@ from examples.report import (
     plot,
     spread,
 )
-from examples.runs import Limits, seeds_of
-from examples.supervised import (
+from examples.training.runs import Limits, seeds_of
+from examples.training.supervised import (
     Recipe,
     Run,
     Schedule,

@@ -17,16 +17,13 @@ import pytest
 from compiling import compiled, hasty_jit
 from flax import nnx
 
-from examples import (
-    anytime,
-    anytime_report as report,
-    anytime_training as training,
-    side_by_side,
-)
+from examples import anytime
 from examples.data import Dataset, Split, load_digits
+from examples.experiments.anytime import report, training
+from examples.experiments.anytime.task_rules import RULES
 from examples.models.anytime import MODELS, make_mlp, make_resnet
-from examples.runs import Limits
-from examples.task_rules import RULES
+from examples.training import side_by_side
+from examples.training.runs import Limits
 
 SHORT = (
     "digits --models width --rules sum osgd --stages 2 --width 8 --epochs 3 --seeds 2 "

@@ -17,19 +17,21 @@ import pytest
 from compiling import compiled, hasty_jit
 from flax import nnx
 
-from examples import (
-    decorrelation,
-    decorrelation_memory as memory,
-    decorrelation_page as page,
-    decorrelation_report as report,
-    decorrelation_speed as speed,
-    decorrelation_training as training,
-    side_by_side,
-)
-from examples.approximations import Feedback, feedback_aligned, node_perturbation
+from examples import decorrelation
 from examples.data import load_digits
-from examples.decorrelation_rules import NAMES, WITHOUT_RATE, MeanRemoval, make_rule
-from examples.decorrelation_settings import Cifar10, Digits, mixed
+from examples.experiments.decorrelation import memory, page, report, speed, training
+from examples.experiments.decorrelation.approximations import (
+    Feedback,
+    feedback_aligned,
+    node_perturbation,
+)
+from examples.experiments.decorrelation.rules import (
+    NAMES,
+    WITHOUT_RATE,
+    MeanRemoval,
+    make_rule,
+)
+from examples.experiments.decorrelation.settings import Cifar10, Digits, mixed
 from examples.models.decorrelation import (
     decorrelated,
     inputs,
@@ -38,7 +40,8 @@ from examples.models.decorrelation import (
     plain,
 )
 from examples.models.initialisers import KAIMING_FAN_IN
-from examples.runs import FIRST_TUNING_SEED, Limits
+from examples.training import side_by_side
+from examples.training.runs import FIRST_TUNING_SEED, Limits
 from orthax import nn
 
 SHORT = (

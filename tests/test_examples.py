@@ -11,9 +11,10 @@ import pytest
 from compiling import hasty_jit
 from sklearn import datasets
 
-from examples import optimisers, report, supervised, train
+from examples import train
 from examples.data import load_digits
-from examples.supervised import Run
+from examples.training import optimisers, report, supervised
+from examples.training.supervised import Run
 
 SHORT = ["digits", "--epochs", "2", "--seeds", "1", "--no-tune"]
 

@@ -26,21 +26,21 @@ pytest.importorskip("grain")
 pytest.importorskip("tensorboardX")
 
 from benchmarks import tables
-from examples import (
-    imagenet,
-    imagenet_log,
-    imagenet_rates,
-    imagenet_report,
-    imagenet_training,
-    train,
-)
+from examples import train
 from examples.data import imagenet as batches, records
-from examples.imagenet_log import Log, Table
-from examples.imagenet_program import make_mesh, make_program, place
-from examples.imagenet_results import Rows
-from examples.imagenet_task import classification_score, make_task
 from examples.models import IMAGENET, resnet
-from examples.optimisers import make_optimiser
+from examples.streaming import (
+    imagenet,
+    log as imagenet_log,
+    rates as imagenet_rates,
+    report as imagenet_report,
+    training as imagenet_training,
+)
+from examples.streaming.log import Log, Table
+from examples.streaming.program import make_mesh, make_program, place
+from examples.streaming.results import Rows
+from examples.streaming.task import classification_score, make_task
+from examples.training.optimisers import make_optimiser
 
 # ---------------------------------------------------------------------------- records
 
@@ -889,7 +889,8 @@ PROCESS = """
 import sys, time
 import jax, numpy
 from jax.experimental import multihost_utils
-from examples import imagenet_training, train
+from examples.streaming import training as imagenet_training
+from examples import train
 from examples.models import IMAGENET, resnet
 IMAGENET["resnet18"] = lambda size, classes, **options: resnet.ResNet(
     (1, 1), (8, 16), classes, cifar_stem=True, **options)

@@ -16,18 +16,12 @@ import numpy as np
 import pytest
 from compiling import hasty_jit
 
-from examples import (
-    low_rank as program,
-    low_rank_page as page,
-    low_rank_report as report,
-    low_rank_runs as runs,
-    low_rank_settings as settings,
-    low_rank_training as training,
-)
+from examples import low_rank as program
 from examples.data import Dataset, Split, load_digits
-from examples.low_rank_training import Arm, Run
-from examples.report import curve
-from examples.runs import Limits, OutOfTime
+from examples.experiments.low_rank import page, report, runs, settings, training
+from examples.experiments.low_rank.training import Arm, Run
+from examples.training.report import curve
+from examples.training.runs import Limits, OutOfTime
 from orthax import low_rank
 
 SIZES = {"width": 16, "rank_multiple": 4, "frequency": 1, "train_images": 640}

@@ -9,9 +9,10 @@ import pytest
 from compiling import compiled
 from flax import nnx
 
-from examples import probes, supervised
 from examples.data import Dataset, Split
-from examples.runs import Limits
+from examples.paper import probes
+from examples.training import supervised
+from examples.training.runs import Limits
 
 
 def make_split(n, seed):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from compiling import hasty_jit
 
-from examples import comparison, reproduce, supervised
+from examples import reproduce
 from examples.data import Dataset, Split
-from examples.report import COLUMNS, CURVES, Results
-from examples.studies import STUDIES
+from examples.paper import comparison
+from examples.paper.studies import STUDIES
+from examples.training import supervised
+from examples.training.report import COLUMNS, CURVES, Results
 
 PNG = b"\x89PNG"
 

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from examples import sharded
 from examples.data import load_digits
 from examples.models.gpt import GPT, GPTConfig
-from examples.optimisers import make_optimiser
+from examples.training.optimisers import make_optimiser
 
 SIZES = {"batch_size": 8, "context": 16, "depth": 1, "heads": 4, "width": 32}
 STEPS = 4

@@ -17,11 +17,11 @@ import pytest
 from compiling import compiled, hasty_jit
 from flax import nnx
 
-from examples import optimisers, supervised
 from examples.data import Dataset, Split
 from examples.models import CLASSIFIERS
-from examples.report import Results
-from examples.supervised import History, Limits, Recipe, Run
+from examples.training import optimisers, supervised
+from examples.training.report import Results
+from examples.training.supervised import History, Limits, Recipe, Run
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3

@@ -1,0 +1,1 @@
+"""The experiments of the other three papers, one folder each."""

@@ -1,0 +1,1 @@
+"""Anytime networks: the trainer, the rules for several tasks, the page."""

@@ -1,0 +1,1 @@
+"""Decorrelated networks: settings, rules, trainer, measurements, page."""

@@ -1,0 +1,1 @@
+"""Low-rank networks (OIALR): settings, trainer, runs, page."""

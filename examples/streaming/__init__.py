@@ -1,0 +1,1 @@
+"""Trainers whose data stream from disk, on any mesh, for days: ImageNet."""

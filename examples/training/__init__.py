@@ -1,0 +1,1 @@
+"""What the trainers share: runs, optimisers, checkpoints, results files."""

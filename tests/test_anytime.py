@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import compiled, hasty_jit
 from flax import nnx
 
 from examples import anytime
@@ -44,14 +43,7 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def hasty():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jax, "jit", hasty_jit())
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, hasty):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("anytime")
     with contextlib.redirect_stdout(io.StringIO()):
         anytime.main([*SHORT, *folders(folder)])
@@ -221,7 +213,7 @@ def test_operations_are_those_of_the_products():
 def _steps(config, rule):
     recipe = config.recipe("width", rule, 2)
 
-    @compiled
+    @jax.jit
     def step(state, batch):
         key = jax.random.key(0)
         return training.train_step(state, batch, key, jnp.float32(0.05), recipe)
@@ -262,7 +254,7 @@ def test_osgd_keeps_the_slope_of_the_exit_that_comes_first(digits):
         picked = logits[:, jnp.arange(64), batch.labels]
         return jnp.mean(jax.nn.logsumexp(logits, axis=2) - picked, axis=1)
 
-    jacobian = compiled(jax.jacrev(losses))(before.params)
+    jacobian = jax.jit(jax.jacrev(losses))(before.params)
     leaves = [np.reshape(x, (2, -1)) for x in jax.tree.leaves(jacobian)]
     grads = np.concatenate(leaves, axis=1)
 

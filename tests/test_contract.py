@@ -20,7 +20,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from compiling import compiled
 
 import orthax
 from orthax import components, polar, transforms
@@ -541,7 +540,7 @@ def test_init_needs_shapes_alone(case):
     tx = case.make()
     state = tx.init(params)
     assert len(jax.tree.leaves(state)) >= case.memories
-    chex.assert_trees_all_equal(compiled(tx.init)(params), state)
+    chex.assert_trees_all_equal(jax.jit(tx.init)(params), state)
     assert types(jax.eval_shape(tx.init, params)) == types(state)
     assert types(tx.init(shapes)) == types(state)
     # It does look: a leaf that cannot be decided is found before the first step.
@@ -567,7 +566,7 @@ def test_init_and_scanned_updates_vmap_over_seeds(case):
 
     params = jax.tree.map(stack, *[run[0] for run in runs])
     gradients = jax.tree.map(stack, *[jax.tree.map(stack, *run[1:]) for run in runs])
-    updates = compiled(jax.vmap(train))(params, gradients)
+    updates = jax.jit(jax.vmap(train))(params, gradients)
     for seed, (params, *gradients) in enumerate(runs):
         wanted = expected(case.oracle, gradients, params)
         for step in range(STEPS):
@@ -597,7 +596,7 @@ def test_dtypes_are_kept_inside_cond(case):
         wanted = expected(case.oracle, gradients, params, matrices)
         tx = case.make()
 
-        @compiled
+        @jax.jit
         def update(taken, grads, state, params):
             skipped = jax.tree.map(jnp.zeros_like, params)
             return jax.lax.cond(
@@ -670,7 +669,7 @@ def test_partition_by_labels(case):
         {"ours": case.make(), "theirs": optax.scale(3.0)},
         lambda tree: {path: "ours" if path in ours else "theirs" for path in tree},
     )
-    update, state = compiled(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     wanted = expected(case.oracle, gradients, params)
     for g, w in zip(gradients, wanted, strict=True):
         updates, state = update(g, state, params)
@@ -682,7 +681,7 @@ def test_partition_by_labels(case):
 def test_multi_steps_works_on_the_mean_gradient(case):
     params, *gradients = trees()
     tx = optax.MultiSteps(case.make(), every_k_schedule=STEPS)
-    update, state = compiled(tx.update), compiled(tx.init)(params)
+    update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
     for g in gradients[:-1]:
         updates, state = update(g, state, params)
         assert types(updates) == types(params)
@@ -702,7 +701,7 @@ def test_multi_steps_works_on_the_mean_gradient(case):
 def test_apply_if_finite_skips_a_bad_step_and_goes_on_behind_it(case):
     params, *gradients = trees()
     tx = optax.apply_if_finite(case.make(), max_consecutive_errors=5)
-    update, state = compiled(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     broken = {
         path: g.at[(0,) * g.ndim].set(jnp.nan) for path, g in gradients[0].items()
     }
@@ -726,7 +725,7 @@ def test_chain_hands_everything_through(case):
 
     last = optax.GradientTransformationExtraArgs(optax.init_empty_state, see)
     tx = optax.chain(optax.scale(2.0), case.make(), optax.scale(-0.5), last)
-    update, state = compiled(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     doubled = [jax.tree.map(lambda x: 2 * x, g) for g in gradients]
     wanted = expected(case.oracle, doubled, params)
     for g, w in zip(gradients, wanted, strict=True):
@@ -747,7 +746,7 @@ def test_parameters_and_state_can_be_donated(case):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    step = compiled(step, donate_argnums=(0, 1))
+    step = jax.jit(step, donate_argnums=(0, 1))
     old = jax.tree.map(jnp.array, params)
     old = old, tx.init(old)
     new = step(*old, gradients[0])
@@ -801,7 +800,7 @@ def test_none_masked_scalar_empty_and_tiny_leaves_do_no_harm(case):
     }
     tx = case.make()
     state = tx.init({**params, **small})
-    updates, new = compiled(tx.update)({**grads, **small}, state, {**params, **small})
+    updates, new = jax.jit(tx.update)({**grads, **small}, state, {**params, **small})
     assert types(new) == types(state)
     (wanted,) = expected(case.oracle, [grads], params)
     assert_close({path: updates[path] for path in wanted}, wanted, case.tolerance)
@@ -848,14 +847,14 @@ def test_injected_numbers_act_and_can_be_changed(row):
         return expected(oracle, gradients, params, matrices)[-1]
 
     tx = optax.inject_hyperparams(row.factory)(**row.numbers, **settings)
-    update, traces = counted(tx.update, compiled)
-    state = compiled(tx.init)(params)
+    update, traces = counted(tx.update, jax.jit)
+    state = jax.jit(tx.init)(params)
     assert set(state.hyperparams) == set(row.numbers)
     updates, _ = run(update, state, params, gradients)
     assert_close(updates, wanted(), 1e-4)
 
     plain = row.factory(**row.numbers, **settings)
-    same, _ = run(compiled(plain.update), plain.init(params), params, gradients)
+    same, _ = run(jax.jit(plain.update), plain.init(params), params, gradients)
     chex.assert_trees_all_close(updates, same, rtol=1e-5, atol=1e-6)
 
     for name, value in row.numbers.items():
@@ -924,10 +923,10 @@ def test_injected_transformations_obey_their_arguments(factory, arguments, oracl
     params, *gradients = trees()
     matrices = {path: MATRICES[path] for path in MATRICES if "conv" not in path}
     tx = optax.inject_hyperparams(factory)(**arguments)
-    state = compiled(tx.init)(params)
+    state = jax.jit(tx.init)(params)
     numbers = {"b2", "eps", "decay"} & set(arguments)
     assert set(state.hyperparams) == numbers
-    updates, _ = run(compiled(tx.update), state, params, gradients)
+    updates, _ = run(jax.jit(tx.update), state, params, gradients)
     wanted = expected(oracle, gradients, params, matrices)[-1]
     assert_close(updates, wanted, 2e-5)
 
@@ -944,7 +943,7 @@ def test_a_schedule_is_followed(row):
 
     def last_update(**rates):
         tx = row.factory(**{**row.numbers, **rates})
-        return run(compiled(tx.update), tx.init(params), params, gradients)[0]
+        return run(jax.jit(tx.update), tx.init(params), params, gradients)[0]
 
     wanted = expected(row.oracle(**row.numbers), gradients, params)[-1]
     flat = {name: constant(row.numbers[name]) for name in row.rates}
@@ -967,7 +966,7 @@ def test_second_rate_defaults_to_the_first(row):
     wanted = expected(row.oracle(**numbers, **same), gradients, params)[-1]
     extra = {"nesterov": False} if row.name == "muon" else {}
     tx = row.factory(**numbers, **extra)
-    updates, _ = run(compiled(tx.update), tx.init(params), params, gradients)
+    updates, _ = run(jax.jit(tx.update), tx.init(params), params, gradients)
     assert_close(updates, wanted, 2e-4)
 
 
@@ -1083,7 +1082,7 @@ def test_an_optimiser_is_its_chain(row):
     extra = {"nesterov": True} if row.name in ("orthogonal_sgd", "muon") else {}
     ours, theirs = row.factory(**row.numbers, **extra), written_out(row)
     found = [
-        run(compiled(tx.update), tx.init(params), params, gradients)[0]
+        run(jax.jit(tx.update), tx.init(params), params, gradients)[0]
         for tx in (ours, theirs)
     ]
     chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
@@ -1094,7 +1093,7 @@ def test_no_momentum_is_no_momentum():
     tx = orthax.orthogonal_sgd(0.1, momentum=None)
     state = tx.init(params)
     assert not jax.tree.leaves(state)
-    updates, _ = run(compiled(tx.update), state, params, gradients)
+    updates, _ = run(jax.jit(tx.update), state, params, gradients)
     (wanted,) = expected(on_matrices(exact), gradients[-1:], params)
     wanted = {path: -0.1 * w for path, w in wanted.items()}
     assert_close(updates, wanted, 2e-4)
@@ -1108,7 +1107,7 @@ def test_momentum_can_be_kept_in_another_dtype(factory):
     state = tx.init(params)
     in_half = [x for x in jax.tree.leaves(state) if x.dtype == "bfloat16"]
     assert len(in_half) == len(SHAPES)
-    updates, new = run(compiled(tx.update), state, params, gradients)
+    updates, new = run(jax.jit(tx.update), state, params, gradients)
     assert types(new) == types(state) and types(updates) == types(params)
     oracle = row.oracle(**row.numbers, nesterov=True)
     wanted = expected(oracle, gradients, params)[-1]
@@ -1143,7 +1142,7 @@ def test_muon_is_optax_muon_where_that_is_right(nesterov, scale, consistent_rms)
             return (optax.apply_updates(params, updates), state), updates
 
         start = params, tx.init(params)
-        return compiled(lambda: jax.lax.scan(step, start, length=10)[1])()
+        return jax.jit(lambda: jax.lax.scan(step, start, length=10)[1])()
 
     def ours(nesterov, **kwargs):
         return train(orthax.muon(momentum=0.9, nesterov=nesterov, **rates, **kwargs))
@@ -1332,7 +1331,7 @@ def test_own_methods_rules_and_scales_also_when_injected():
 def test_orbax_round_trip(case, tmp_path):
     params, *gradients, last = trees()
     tx = case.make()
-    update = compiled(tx.update)
+    update = jax.jit(tx.update)
     _, state = run(update, tx.init(params), params, gradients)
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.StandardSave(state))

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import compiled, hasty_jit
 from flax import nnx
 
 from examples import decorrelation
@@ -70,14 +69,7 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def hasty():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jax, "jit", hasty_jit())
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, hasty):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("decorrelation")
     with contextlib.redirect_stdout(io.StringIO()):
         decorrelation.main([*SHORT, *folders(folder)])
@@ -197,7 +189,7 @@ def _learnt(model, rule):
         return nnx.split(made)
     graphdef, state = nnx.split(decorrelated(made, rule, sample=1.0, rngs=rngs))
 
-    @compiled
+    @jax.jit
     def after(state, x):
         model = nnx.merge(graphdef, state, copy=True)
         model(x)
@@ -223,7 +215,7 @@ def test_a_layer_multiplies_its_inputs_with_its_weights(model):
     made.eval()
     graphdef, state = nnx.split(made)
 
-    @compiled
+    @jax.jit
     def both(state, x):
         made, outputs = nnx.merge(graphdef, state, copy=True), []
         given = list(inputs(made, x))
@@ -312,7 +304,7 @@ def gradients_of(model, x):
     """A function of the model's state: gradients of its weights and of the images."""
     graphdef, *_ = nnx.split(model, nnx.Param, ...)
 
-    @compiled
+    @jax.jit
     def both(params, rest):
         def loss(params, x):
             model = nnx.merge(graphdef, params, rest, copy=True)
@@ -356,7 +348,7 @@ def test_errors_go_back_through_the_feedback_and_then_through_r():
     error = np.random.default_rng(1).normal(size=(6, 6)).astype(np.float32)
     graphdef, state = nnx.split(layer)
 
-    @compiled
+    @jax.jit
     def both(x):
         y, back = jax.vjp(nnx.merge(graphdef, state, copy=True), x)
         return y, *back(error)
@@ -381,7 +373,7 @@ def test_an_aligned_layer_learns_once_and_only_in_training():
     def after(model, training):
         graphdef, state = nnx.split(model)
 
-        @compiled
+        @jax.jit
         def call(state):
             model = nnx.merge(graphdef, state, copy=True)
             (model.train if training else model.eval)()
@@ -432,10 +424,10 @@ def test_node_perturbation_is_the_gradient_in_the_mean(model, rule):
 
     keys = jax.random.split(jax.random.key(0), 2000)
     of_keys = jax.vmap(jax.grad(estimate, has_aux=True), (None, 0))
-    estimates, told = compiled(
+    estimates, told = jax.jit(
         lambda: jax.lax.map(lambda keys: of_keys(params, keys), keys.reshape(4, 500))
     )()
-    expected, without_noise = compiled(jax.grad(exact, has_aux=True))(params)
+    expected, without_noise = jax.jit(jax.grad(exact, has_aux=True))(params)
     for each, truth in zip(told, without_noise, strict=True):
         np.testing.assert_allclose(each[0, 0], truth, atol=1e-5)
     pairs = zip(jax.tree.leaves(estimates), jax.tree.leaves(expected), strict=True)
@@ -458,7 +450,7 @@ def steps_of(digits, learning, rule, count, **changes):
     recipe = arms_of(config)[learning, "sgd", rule][0]
     batch = jax.tree.map(lambda x: x[:64], digits.train)
 
-    @compiled
+    @jax.jit
     def step(state, key):
         return training.train_step(state, batch, key, jnp.float32(0.03), recipe)
 

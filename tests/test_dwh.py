@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import compiled
 from matrices import factor, gaussian, to_double, with_spectrum
 
 import orthax
@@ -129,7 +128,7 @@ def test_fast_tier_on_hard_matrices(shape):
 
 
 def test_float64_is_accurate_to_1e_10(x64):
-    f = compiled(DWH().factor)
+    f = jax.jit(DWH().factor)
     for complex_ in (False, True):
         for name in ("1e3", "1e6", "rank one", "one giant"):
             x = with_spectrum(130, 110, spectra(110)[name], complex_=complex_)
@@ -197,7 +196,7 @@ def inverted_by_a_step(m, values, dtype):
     + [(m, t) for m in (2, 97, 193) for t in ("float64", "complex64", "complex128")],
 )
 def test_inverse_against_numpy(m, dtype, x64):
-    invert = compiled(positive_definite_inverse)
+    invert = jax.jit(positive_definite_inverse)
     for values in (np.ones(1), np.geomspace(1, 0.1, -(-m // 2))):
         x, c = inverted_by_a_step(m, values, dtype)
         out = invert(x)
@@ -211,7 +210,7 @@ def test_vmap_jit_and_scan_give_what_a_stack_gives():
     x = np.stack([hard(name, 105, 100) for name in ("1e3", "1e6", "one giant", "1e2")])
     f = lambda x: orthax.polar_factor(x, DWH())  # noqa: E731
 
-    @compiled
+    @jax.jit
     def in_many_ways(x):
         return {
             "stack": f(x),
@@ -234,7 +233,7 @@ def test_inside_shard_map_with_the_check_of_varying_axes():
     f = lambda x: orthax.polar_factor(x, DWH())  # noqa: E731
     mapped = jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec)
     expected = np.stack([factor(y) for y in x])
-    assert np.abs(compiled(mapped)(x) - expected).max() < 1e-3
+    assert np.abs(jax.jit(mapped)(x) - expected).max() < 1e-3
 
 
 def test_derivative_on_many_stacks_is_that_of_every_stack(x64):
@@ -254,11 +253,11 @@ def test_derivative_on_many_stacks_is_that_of_every_stack(x64):
         return weighted([orthax.polar_factor(x, polar.SVD()) for x in xs])
 
     xs, weights = jax.tree.map(jnp.asarray, (xs, weights))
-    _, tangents = compiled(lambda: jax.jvp(together, (xs,), (weights,)))()
+    _, tangents = jax.jit(lambda: jax.jvp(together, (xs,), (weights,)))()
     assert np.isnan(tangents[-1])
     xs[-1] = jnp.ones((6, 4))
     ours, expected = (
-        compiled(jax.grad(lambda xs, f=f: sum(f(xs))))(xs) for f in (together, apart)
+        jax.jit(jax.grad(lambda xs, f=f: sum(f(xs))))(xs) for f in (together, apart)
     )
     for grad, exact, w, tangent in zip(ours, expected, weights, tangents, strict=True):
         assert np.isfinite(grad).all()

@@ -8,7 +8,6 @@ import math
 import jax
 import numpy as np
 import pytest
-from compiling import hasty_jit
 from sklearn import datasets
 
 from examples import train
@@ -32,11 +31,7 @@ def make_run(learning_rate=0.01, seed=0):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
-    with (
-        pytest.MonkeyPatch.context() as patched,
-        contextlib.redirect_stdout(io.StringIO()) as printed,
-    ):
-        patched.setattr(jax, "jit", hasty_jit())
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         train.main([*SHORT, "--output", str(folder)])
     return folder, printed.getvalue()
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import compiled
 from flax import linen, nnx
 from flax.training import train_state
 
@@ -166,7 +165,7 @@ def test_nnx_optimizer(name):
     # The same gradients in plain dictionaries give the same parameters: nothing of
     # the state was lost where NNX wraps it, and unwraps it again.
     tx, params = make(name), history[0]
-    update, state = compiled(tx.update), tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for grads in gradients:
         updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -236,7 +235,7 @@ def test_linen_train_state(name):
         outputs, changed = state.apply_fn(variables, IMAGES, mutable=["batch_stats"])
         return squared_error(outputs), changed["batch_stats"]
 
-    @compiled
+    @jax.jit
     def step(state):
         traces.append(None)
         (loss, stats), grads = jax.value_and_grad(loss_of, has_aux=True)(
@@ -331,7 +330,7 @@ def test_haiku(name):
     params = net.init(jax.random.key(0), IMAGES)
     state = before = tx.init(params)
 
-    @compiled
+    @jax.jit
     def step(params, state):
         traces.append(None)
         loss, grads = jax.value_and_grad(

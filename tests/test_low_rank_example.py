@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import hasty_jit
 
 from examples import low_rank as program
 from examples.data import Dataset, Split, load_digits
@@ -44,19 +43,12 @@ def read(folder):
 
 
 @pytest.fixture(scope="module")
-def hasty():
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(jax, "jit", hasty_jit())
-        yield
-
-
-@pytest.fixture(scope="module")
 def digits():
     return jax.device_put(SMALL.load_some())
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, hasty):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("low_rank")
     with contextlib.redirect_stdout(io.StringIO()):
         program.main([*SHORT, *folders(folder)])
@@ -282,14 +274,14 @@ def gradients(params, batch):
     return found
 
 
-def test_a_step_at_full_rank_is_that_of_sgd(digits, hasty):
+def test_a_step_at_full_rank_is_that_of_sgd(digits):
     before, after, batch = first_step(digits, None, Arm())
     for i, grad in zip((1, 3, 5), gradients(before.trainable, batch), strict=True):
         old, new = (x.trainable["layers"][i]["kernel"][...] for x in (before, after))
         np.testing.assert_allclose(new, old - 0.1 * grad, rtol=0, atol=1e-6)
 
 
-def test_a_step_of_sigma_is_the_gradient_between_the_bases(digits, hasty):
+def test_a_step_of_sigma_is_the_gradient_between_the_bases(digits):
     before, after, batch = first_step(digits, None, Arm("oialr", 0.3, 0))
     dense = low_rank.materialise(before.weights)
     grads = dict(zip((1, 3), gradients(dense, batch), strict=False))
@@ -304,7 +296,7 @@ def test_a_step_of_sigma_is_the_gradient_between_the_bases(digits, hasty):
         assert (after.weights.frozen[f"layers/{i}/kernel"].u[0] == bases.u[0]).all()
 
 
-def test_the_orthogonal_step_is_orthogonal_inside_the_bases(digits, hasty):
+def test_the_orthogonal_step_is_orthogonal_inside_the_bases(digits):
     before, after, batch = first_step(digits, "orthogonal", Arm("oialr", 0.3, 0))
     grad = gradients(low_rank.materialise(before.weights), batch)[0]
     bases = before.weights.frozen["layers/1/kernel"]

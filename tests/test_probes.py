@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import compiled
 from flax import nnx
 
 from examples.data import Dataset, Split
@@ -32,7 +31,7 @@ def run():
 
 
 def start(recipe):
-    return compiled(lambda key: supervised.initialise(key, recipe))(jax.random.key(0))
+    return jax.jit(lambda key: supervised.initialise(key, recipe))(jax.random.key(0))
 
 
 def test_cosines_are_those_of_the_pairs_of_feature_maps(run):
@@ -44,7 +43,7 @@ def test_cosines_are_those_of_the_pairs_of_feature_maps(run):
         model.eval()
         return model.representations(supervised.normalised(images, run.recipe))
 
-    layers = compiled(representations)(DATA.validation.images)
+    layers = jax.jit(representations)(DATA.validation.images)
     for number, maps in enumerate(layers, 1):
         x = np.asarray(maps, float).reshape(len(maps), -1, maps.shape[-1])
         norms = np.linalg.norm(x, axis=1, keepdims=True)
@@ -67,7 +66,7 @@ def test_dead_parameters_are_those_of_the_layer_of_the_paper(monkeypatch):
         chosen = jnp.take_along_axis(logits, DATA.train.labels[:, None], 1)[:, 0]
         return (jax.nn.logsumexp(logits, 1) - chosen).mean()
 
-    grads = compiled(jax.grad(objective))(state.params)
+    grads = jax.jit(jax.grad(objective))(state.params)
     size = np.abs(np.asarray(grads["conv2"]["kernel"][...]))
     found = probes.dead(state, DATA.train, recipe)
     near = pytest.approx((size <= 1e-4).sum(), abs=3)  # rounding at the threshold

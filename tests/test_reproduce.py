@@ -6,10 +6,8 @@ import dataclasses
 import itertools
 import math
 
-import jax
 import numpy as np
 import pytest
-from compiling import hasty_jit
 
 from examples import reproduce
 from examples.data import Dataset, Split
@@ -473,7 +471,6 @@ def command(folder, *arguments):
 
 
 def test_the_study_is_run_stopped_and_gone_on_with(data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(jax, "jit", hasty_jit())
     short = ["table1", "--models", "basic_cnn", "--seeds", "1", "--epochs", "2"]
     arguments = command(tmp_path, *short)
     epochs = []

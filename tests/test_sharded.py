@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import compiled
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as P
 
 import orthax
@@ -228,7 +227,7 @@ def check(out, xs, expected):
 def test_every_layout_gives_what_one_device_gives(kind, sizes):
     mesh = mesh_of(kind, sizes)
     xs, expected = placed_model(mesh)
-    program = compiled(updating(rule=Known())).lower(xs).compile()
+    program = jax.jit(updating(rule=Known())).lower(xs).compile()
     check(program(xs), xs, expected)
     assert not {"all-gather", "collective-permute"} & {*called(program)}
 
@@ -256,7 +255,7 @@ def test_every_layout_alone_takes_the_plan_that_is_predicted(kind, way):
     xs, expected = placed_model(mesh_of(kind), how["method"])
     alone = [{name: x} for name, x in xs.items() if name not in UNCUT]
     update = updating(rule=Known(), **how)
-    program = compiled(lambda trees: [update(tree) for tree in trees])
+    program = jax.jit(lambda trees: [update(tree) for tree in trees])
     program = program.lower(alone).compile()
     out = {name: x for tree in program(alone) for name, x in tree.items()}
     check(out, {name: xs[name] for name in out}, expected)
@@ -293,12 +292,12 @@ def eager(update, mesh, xs):
 
 def surrounded(update, mesh, xs):
     with jax.set_mesh(mesh):
-        return compiled(update)(xs)
+        return jax.jit(update)(xs)
 
 
 def donated(update, mesh, xs):
     given = jax.tree.map(lambda x: x + 0, xs)
-    out = compiled(update, donate_argnums=0)(given)
+    out = jax.jit(update, donate_argnums=0)(given)
     assert all(x.is_deleted() for x in jax.tree.leaves(given))
     return out
 
@@ -306,7 +305,7 @@ def donated(update, mesh, xs):
 def accumulated(update, mesh, xs):
     """By `optax.MultiSteps`: 0.5 and 1.5 of the gradients, one update."""
     tx = optax.MultiSteps(orthax.orthogonalise(DIRECT, **STACKED), 2)
-    step = compiled(tx.update)
+    step = jax.jit(tx.update)
     out, state = step(jax.tree.map(lambda x: x / 2, xs), tx.init(xs), xs)
     assert distance(out, jax.tree.map(jnp.zeros_like, xs)) == 0
     return step(jax.tree.map(lambda x: x * 1.5, xs), state, xs)[0]
@@ -321,7 +320,7 @@ def scanned(update, mesh, xs):
     def last(xs):
         return jax.tree.map(lambda x: x[-1], jax.lax.scan(step, xs, length=2)[1])
 
-    return compiled(last)(xs)
+    return jax.jit(last)(xs)
 
 
 CALLS = [eager, surrounded, donated, accumulated, scanned]
@@ -348,13 +347,13 @@ def without_shardy():
 def test_with_the_partitioner_before_shardy():
     """Which may know nothing of a leaf: of one that only its result says a word on."""
     _, xs = small_on("auto")
-    program = compiled(updating(DIRECT, **STACKED)).lower(xs).compile()
+    program = jax.jit(updating(DIRECT, **STACKED)).lower(xs).compile()
     out = program(xs)
     assert distance(out, small()[1]) < 1e-5
     assert lie_alike(out, xs)
     assert {*called(program)} == {"all-to-all"}
     lie = jax.tree.map(lambda x: x.sharding, xs)
-    said = compiled(updating(DIRECT, **STACKED), out_shardings=lie)(small()[0])
+    said = jax.jit(updating(DIRECT, **STACKED), out_shardings=lie)(small()[0])
     assert distance(said, small()[1]) < 1e-5
 
 
@@ -381,7 +380,7 @@ def test_layer_by_layer_in_a_loop(kind):
     grads, expected = layered()
     spec = {"layers": {"kernel": P(None, "x", "y")}}
     xs = placed(grads, spec, mesh_of(kind))
-    update = compiled(lambda t: jax.tree.map(lambda x: jax.lax.map(of_layer, x), t))
+    update = jax.jit(lambda t: jax.tree.map(lambda x: jax.lax.map(of_layer, x), t))
     program = update.lower(xs).compile()
     out = program(xs)
     assert distance(out, expected) < 1e-5
@@ -394,7 +393,7 @@ def test_under_vmap(kind):
     grads, expected = layered()
     spec = {"layers": {"kernel": P(None, "x", "y")}}
     xs = placed(grads, spec, mesh_of(kind))
-    out = compiled(lambda t: jax.tree.map(jax.vmap(of_layer), t))(xs)
+    out = jax.jit(lambda t: jax.tree.map(jax.vmap(of_layer), t))(xs)
     assert distance(out, expected) < 1e-5
     assert lie_alike(out, xs)
 
@@ -403,7 +402,7 @@ def test_under_vmap(kind):
 def test_under_vmap_over_an_axis_that_is_sharded(kind):
     grads, expected = layered()
     xs = placed(grads, {"layers": {"kernel": P("x", None, "y")}}, mesh_of(kind))
-    out = compiled(lambda t: jax.tree.map(jax.vmap(of_layer), t))(xs)
+    out = jax.jit(lambda t: jax.tree.map(jax.vmap(of_layer), t))(xs)
     assert distance(out, expected) < 1e-5
     assert lie_alike(out, xs)
 
@@ -423,7 +422,7 @@ def test_what_the_compiler_divides_unevenly(change):
     def update(x):
         return updating(DIRECT)({"kernel": UNEVEN[change](x)})["kernel"]
 
-    out = compiled(update)(placed(x, P("x"), mesh_of("auto", (8,))))
+    out = jax.jit(update)(placed(x, P("x"), mesh_of("auto", (8,))))
     assert distance(out, update(x)) < 1e-5
 
 
@@ -440,7 +439,7 @@ def test_inside_a_shard_map(kind, axes):
     def mapped(f):
         outer = {"in_specs": P(axes), "out_specs": P(axes)}
         f = jax.shard_map(f, mesh=mesh, axis_names=set(axes), **outer)
-        return compiled(f).lower(xs).compile()
+        return jax.jit(f).lower(xs).compile()
 
     program = mapped(update)
     out = program(xs)
@@ -463,10 +462,10 @@ def test_derivatives(kind):
         # Not the trace, whose derivative vanishes.
         return jnp.sum(jnp.sin(out) * weight)
 
-    expected = compiled(jax.grad(loss))(x)
+    expected = jax.jit(jax.grad(loss))(x)
     weight = placed(weight, P("x", "y"), mesh_of(kind))
     xs = placed(x, P("x", "y"), mesh_of(kind))
-    out = compiled(jax.grad(loss))(xs)
+    out = jax.jit(jax.grad(loss))(xs)
     assert np.abs(expected).max() > 0.01
     assert distance(out, expected) < 1e-5
     if kind == "explicit":
@@ -529,7 +528,7 @@ def test_collectives_are_those_that_explain_predicts(kind, case):
     rule = components.ByName(stacked=("k0", "k1") if len(shapes[0]) > 2 else ())
     xs = placed(grads, jax.tree.map(lambda _: spec, grads), mesh_of(kind))
     how = {"rule": rule, "method": method, "stacking": Stacking(machine=machine)}
-    program = compiled(updating(**how)).lower(xs).compile()
+    program = jax.jit(updating(**how)).lower(xs).compile()
     assert called(program) == expected
     shares = plans(xs, **how)
     print(case, [s[0] for s in shares], predicted(shares))
@@ -662,7 +661,7 @@ def test_replicated_leaves_are_divided_over_the_axes_that_are_asked_for(kind, as
     flops, counts = [], []
     for stacking in (asked, Stacking(machine=SLOW)):
         with jax.set_mesh(mesh):
-            update = compiled(updating(QUICK, stacking=stacking))
+            update = jax.jit(updating(QUICK, stacking=stacking))
             program = update.lower(xs).compile()
         counts.append(called(program))
         flops.append(program.cost_analysis()["flops"])
@@ -679,7 +678,7 @@ def test_replicated_leaves_are_divided_over_the_axes_that_are_asked_for(kind, as
 def test_axes_need_no_surrounding_mesh(kind):
     mesh, grads, xs = replicated(kind, 4)
     stacking = Stacking(sharding="x", machine=SLOW)
-    program = compiled(updating(stacking=stacking)).lower(xs).compile()
+    program = jax.jit(updating(stacking=stacking)).lower(xs).compile()
     assert called(program) == {"all-gather": 1}
     if kind == "auto":
         # Where only the compiler knows the mesh, a NamedSharding says which is meant.
@@ -688,7 +687,7 @@ def test_axes_need_no_surrounding_mesh(kind):
         def found(mesh):
             sharding = NamedSharding(mesh, P("x"))
             stacking = Stacking(sharding=sharding, machine=SLOW)
-            update = compiled(updating(stacking=stacking), in_shardings=(lie,))
+            update = jax.jit(updating(stacking=stacking), in_shardings=(lie,))
             return called(update.lower(grads).compile())
 
         assert found(mesh) == {"all-gather": 1}
@@ -704,7 +703,7 @@ OTHER_MESH = AbstractMesh((2, 4), ("x", "y"))
 def test_left_to_the_compiler(kind):
     _, xs = small_on(kind)
     update = updating(DIRECT, stacking=Stacking(sharding=None), **STACKED)
-    out = compiled(update)(xs)
+    out = jax.jit(update)(xs)
     assert distance(out, small()[1]) < 1e-5
     if kind == "explicit":
         assert lie_alike(out, xs)
@@ -750,7 +749,7 @@ def test_bad_input(make, error, message):
     ],
 )
 @both
-@pytest.mark.parametrize("call", [compiled, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize("call", [jax.jit, lambda f: f], ids=["jit", "eager"])
 def test_axes_that_the_mesh_does_not_have(kind, sharding, message, call):
     _, grads, xs = replicated(kind, 2)
     update = call(updating(stacking=Stacking(sharding=sharding)))
@@ -866,7 +865,7 @@ def two_steps(tx, params, grads, check=lambda program: None):
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    program = compiled(step).lower(params, state, grads[0]).compile()
+    program = jax.jit(step).lower(params, state, grads[0]).compile()
     check(program)
     for grad in grads:
         params, state = program(params, state, grad)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import compiled, hasty_jit
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -38,8 +37,7 @@ def config(**settings):
     return sharded.Config(**{"steps": STEPS} | SIZES | settings)
 
 
-def train(monkeypatch, **settings):
-    monkeypatch.setattr(jax, "jit", hasty_jit())
+def train(**settings):
     return sharded.train(config(**settings))
 
 
@@ -62,7 +60,7 @@ def one_device():
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    step, state, losses = compiled(step), tx.init(params), []
+    step, state, losses = jax.jit(step), tx.init(params), []
     for i in range(STEPS):
         rows = np.random.default_rng((0, i)).integers(len(digits), size=8)
         params, state, value = step(params, state, jnp.asarray(digits[rows]))
@@ -90,7 +88,7 @@ def assert_same(found):
 @pytest.mark.parametrize("axis_types", ["explicit", "auto"])
 @pytest.mark.parametrize("layout", list(SHARDS))
 def test_every_layout_trains_as_one_device(layout, axis_types, monkeypatch, capsys):
-    run = train(monkeypatch, layout=layout, axis_types=axis_types)
+    run = train(layout=layout, axis_types=axis_types)
     losses, _ = one_device()
     np.testing.assert_allclose(run.losses, losses, rtol=0, atol=1e-5)
     assert losses[-1] < losses[0] - 0.5
@@ -133,10 +131,10 @@ def test_what_normuon_keeps_lies_like_its_parameter():
 def test_a_checkpoint_goes_on_in_another_layout(tmp_path, monkeypatch):
     losses, _ = one_device()
     folder = {"checkpoints": tmp_path}
-    run = train(monkeypatch, layout="fsdp", steps=2, **folder)
+    run = train(layout="fsdp", steps=2, **folder)
     assert len(run.losses) == 2
     other = {"layout": "tensor", "axis_types": "auto", "mesh": (4, 2)}
-    run = train(monkeypatch, **other, **folder)
+    run = train(**other, **folder)
     np.testing.assert_allclose(run.losses, losses[2:], rtol=0, atol=1e-5)
     assert_same(jax.tree.leaves(run.state.params))
     (up,) = (x for p, x in by_path(run.state.params).items() if "up/kernel" in p)
@@ -200,7 +198,7 @@ def test_two_processes_train_as_one(tmp_path, monkeypatch, capsys):
         with np.load(tmp_path / f"{i}.npz") as found:
             assert_same(found.values())
     # One process goes on with what two have saved.
-    run = train(monkeypatch, layout="data", checkpoints=tmp_path / "saved")
+    run = train(layout="data", checkpoints=tmp_path / "saved")
     assert run.losses == []
     assert (
         f"nothing to do: the checkpoint is of step {STEPS}" in capsys.readouterr().out

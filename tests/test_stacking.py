@@ -8,7 +8,6 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from compiling import compiled
 from matrices import factor, with_spectrum
 
 import orthax
@@ -166,7 +165,7 @@ def test_each_puts_everything_back(seed):
 
     how["stack_bytes"] = largest
     lifted = Stacking(limit).each(f, **how, in_turn=True)
-    out = compiled(lifted)(stacks)
+    out = jax.jit(lifted)(stacks)
     for x, y in zip(stacks, out, strict=True):
         assert y.dtype == x.dtype
         assert y.shape == x.shape
@@ -193,7 +192,7 @@ def test_each_hands_over_padding_and_takes_it_away():
 def test_what_is_not_finite_does_not_reach_the_next_group():
     stacks = [jnp.full((1, 2, 5), jnp.nan), jnp.ones((1, 3, 4)), jnp.ones((2, 9, 9))]
     stacks += [jnp.ones((1, 9, 9)), jnp.full((1, 9, 9), jnp.inf)]
-    out = compiled(Stacking().each(by_norm, join_bytes=0, in_turn=True))(stacks)
+    out = jax.jit(Stacking().each(by_norm, join_bytes=0, in_turn=True))(stacks)
     finite = [bool(np.isfinite(x).all()) for x in out]
     assert finite == [False, True, True, True, False]
 
@@ -234,7 +233,7 @@ def kernels(*shapes):
 
 def update(grads, method=polar.Auto(), stacking=Stacking()):
     tx = orthax.orthogonalise(method, stacking=stacking)
-    return compiled(lambda grads: tx.update(grads, tx.init(grads))[0])(grads)
+    return jax.jit(lambda grads: tx.update(grads, tx.init(grads))[0])(grads)
 
 
 def test_orthogonalise_in_pieces_equals_the_whole():

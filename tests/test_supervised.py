@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import compiled, hasty_jit
 from flax import nnx
 
 from examples.data import Dataset, Split
@@ -48,14 +47,9 @@ class Linear(nnx.Module):
         return self.head(images.reshape(len(images), -1))
 
 
-# What is trained here is small, and compiled in haste.
-JIT = hasty_jit()
-
-
 @pytest.fixture(autouse=True)
-def in_haste(monkeypatch):
+def linear(monkeypatch):
     monkeypatch.setitem(CLASSIFIERS, "linear", Linear)
-    monkeypatch.setattr(jax, "jit", JIT)
 
 
 def make_run(
@@ -81,7 +75,7 @@ def make_cnn(optimiser="sgd", seed=0):
 
 def initialise(recipe):
     start = functools.partial(supervised.initialise, recipe=recipe)
-    return compiled(start)(jax.random.key(0))
+    return jax.jit(start)(jax.random.key(0))
 
 
 def train_together(runs, **options):
@@ -113,7 +107,6 @@ def be_killed(optimiser, folder):
         if epoch == EPOCHS - 1:
             os._exit(9)
 
-    jax.jit = JIT  # the same program, bit for bit
     limits = Limits(Path(folder), every=0)
     train_together([make_cnn(optimiser)], limits=limits, told=told)
 
@@ -381,7 +374,7 @@ def test_a_step_is_one_of_gradient_descent():
     run = make_run(rate=0.125, momentum=0.0, weight_decay=0.25)
     state = initialise(run.recipe)
     batch = make_split(16, 5)
-    step = compiled(functools.partial(supervised.train_step, recipe=run.recipe))
+    step = jax.jit(functools.partial(supervised.train_step, recipe=run.recipe))
     after, sums = step(state, batch, jax.random.key(1), run.rates(4, 0)[0])
 
     x = np.asarray(supervised.normalised(batch.images, run.recipe), float)
@@ -405,7 +398,7 @@ def reference(state, split, recipe):
         model.eval()
         return model(supervised.normalised(images, recipe))
 
-    logits = np.asarray(compiled(network)(state, split.images), float)
+    logits = np.asarray(jax.jit(network)(state, split.images), float)
     chances = np.exp(logits - logits.max(1, keepdims=True))
     chances /= chances.sum(1, keepdims=True)
     losses = -np.log(chances[np.arange(len(logits)), split.labels])
@@ -420,7 +413,7 @@ def test_evaluation_in_batches_is_one_pass(size):
     state = initialise(recipe)
     other = jax.tree.map(lambda x: x + 0.25, state.statistics)
     state = state._replace(statistics=other)
-    evaluate = compiled(functools.partial(supervised.evaluate, recipe=recipe))
+    evaluate = jax.jit(functools.partial(supervised.evaluate, recipe=recipe))
     found = evaluate(state, split)
     np.testing.assert_allclose(found, reference(state, split, recipe), rtol=1e-4)
 
@@ -430,7 +423,7 @@ def test_groups_have_their_own_statistics():
     state = initialise(recipe)
     images = supervised.normalised(make_split(12, 7).images, recipe)
     images = images * jnp.linspace(0.5, 2, 12)[:, None, None, None]
-    forward = compiled(supervised.forward, static_argnums=3)
+    forward = jax.jit(supervised.forward, static_argnums=3)
     logits, statistics = forward(state, state.params, images, 3)
     parts = [forward(state, state.params, images[i : i + 4], 1) for i in (0, 4, 8)]
     expected = jnp.concatenate([part for part, _ in parts])
@@ -648,7 +641,7 @@ EACH = [
 def test_every_network_trains(model):
     run = make_short_run(model, "sgd")
     step = functools.partial(supervised.train_step, recipe=run.recipe)
-    check_two_steps(run, compiled(step))
+    check_two_steps(run, jax.jit(step))
 
 
 @functools.lru_cache(maxsize=1)
@@ -666,7 +659,7 @@ def gradient_of(model):
             patched.setattr(supervised, "make_optimiser", lambda recipe, rate: keeper)
             return supervised.train_step(state, batch, key, rate, run.recipe)
 
-    return compiled(step)
+    return jax.jit(step)
 
 
 @pytest.mark.slow
@@ -677,7 +670,7 @@ def test_every_network_trains_with_every_optimiser(model, optimiser):
     run = make_short_run(model, optimiser)
     gradient = gradient_of(model)
 
-    @compiled
+    @jax.jit
     def update(grads, state, params, rate):
         tx = supervised.make_optimiser(run.recipe, rate)
         updates, state = tx.update(grads, state, params)

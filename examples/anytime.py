@@ -24,20 +24,20 @@ from pathlib import Path
 import jax
 import tyro
 
-from examples.data import Dataset, Split, load_cifar10, load_digits
+from examples.data import Dataset, load_cifar10, load_digits
 from examples.experiments.anytime.report import INDEPENDENT, Rows, merit, write
 from examples.experiments.anytime.task_rules import RULES, STATEFUL, Rule
 from examples.experiments.anytime.training import TRAINER, Recipe, Run
 from examples.models.anytime import MODELS, Model
 from examples.training.optimisers import WITHOUT_METHOD, Optimiser
-from examples.training.report import RESULTS
 from examples.training.runs import Limits, seeds_of
 from examples.training.side_by_side import train_runs
-from examples.training.supervised import Schedule, check_batches
+from examples.training.study import Study
+from examples.training.supervised import check_batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Study):
     """What both data sets can be told."""
 
     models: tuple[Model, ...] = MODELS
@@ -55,64 +55,30 @@ class Settings:
     optimiser: Optimiser = "sgd"
     """What makes the step of the combined gradient."""
     grid: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
-    """Learning rates to choose from, the same for every arm."""
     tuning_seeds: int = 4
-    """Runs of an arm at a rate of the grid."""
     seeds: int = 20
-    """Runs of an arm at its own rate."""
     at_once: int = 20
     """Runs trained side by side; one compilation serves equal numbers."""
-    epochs: int = 30
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images in a step; those beyond the last whole batch wait for another epoch."""
-    train_images: int = 0
-    """Images to train on, the first ones; 0 for all."""
-    schedule: Schedule = "cosine"
-    """Of the learning rate."""
     momentum: float = 0.9
     """Momentum; with it no rule keeps its promise about a step exactly."""
     weight_decay: float = 5e-4
     """On every parameter."""
     two_passes: bool = False
     """Whether to save the memory of one gradient for each exit; no cosines then."""
-    minutes: float = math.inf
-    """Stop after the epoch that passes so many; started again, it goes on there."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
-    results: Path = RESULTS
-    """Folder of anytime.csv, anytime.md and the figures."""
     checkpoints: Path = Path("runs/anytime")
-    """Folder of what is not finished."""
 
     def __post_init__(self):
-        for name, known in (("models", MODELS), ("rules", RULES)):
-            chosen = getattr(self, name)
-            holds = set(chosen) <= set(known) and len(set(chosen)) == len(chosen)
-            self.expect(holds, name, f"names among {', '.join(known)}, each once")
+        super().__post_init__()
+        self.expect_among(MODELS, "models")
+        self.expect_among(RULES, "rules")
         self.expect(len(self.models) > 0, "models", "at least one")
-        self.expect(self.stages >= 2, "stages", "at least 2")
-        counts = ("width", "depth", "tuning_seeds", "seeds", "at_once", "epochs")
-        for name in (*counts, "batch_size"):
-            self.expect(getattr(self, name) >= 1, name, "at least 1")
-        holds = self.grid and all(0 < rate < math.inf for rate in self.grid)
-        holds = holds and list(self.grid) == sorted(set(self.grid))
-        self.expect(holds, "grid", "positive rates in increasing order, each once")
-        self.expect(self.train_images >= 0, "train_images", "at least 0")
-        self.expect(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
-        self.expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
-        for name in ("minutes", "checkpoint_seconds"):
-            self.expect(getattr(self, name) > 0, name, "a positive number")
+        self.expect_at_least(2, "stages")
+        self.expect_at_least(1, "width", "depth", "at_once")
+        self.expect_at_least(0, "weight_decay")
         if self.two_passes:
             stateless = not set(self.rules) & set(STATEFUL)
             expected = f"none of {', '.join(STATEFUL)} with `two_passes`"
             self.expect(stateless, "rules", f"{expected}: it keeps a state")
-
-    def expect(self, holds: bool, name: str, expected: str) -> None:
-        """Raise ValueError about a setting unless something holds."""
-        if not holds:
-            found = getattr(self, name)
-            raise ValueError(f"`{name}` is {found!r}; expected {expected}")
 
     def recipe(self, model: Model, rule: str, last: int, **others) -> Recipe:
         """Return the recipe of a network up to a stage, counted from one."""
@@ -136,15 +102,6 @@ class Settings:
     def load(self) -> Dataset:
         """Return the data."""
         raise NotImplementedError
-
-    def load_some(self) -> Dataset:
-        """Return the data, with as many images to train on as are asked for."""
-        data = self.load()
-        there = len(data.train.labels)
-        holds = self.train_images <= there
-        self.expect(holds, "train_images", f"at most {there}: there are no more")
-        some = self.train_images or there
-        return data._replace(train=Split(*(x[:some] for x in data.train)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     every, at_once = config.checkpoint_seconds, config.at_once
     limits = Limits(config.checkpoints, every, deadline, at_once)
     try:
-        data = config.load_some()
+        data = config.some(config.load())
         check_batches(config.recipe("width", "sum", 1), len(data.train.labels))
         results = Rows(config.results / "anytime.csv")
     except (FileNotFoundError, ValueError) as error:

@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     deadline = time.monotonic() + 60 * config.minutes
     limits = Limits(config.checkpoints, config.checkpoint_seconds, deadline)
     try:
-        data = config.load_some()
+        data = config.some(config.load())
         check_batches(config.recipe(config.models[0]), len(data.train.labels))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))

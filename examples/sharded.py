@@ -35,6 +35,7 @@ from tqdm import tqdm
 import orthax
 from examples.data import load_digits
 from examples.models.gpt import GPT, GPTConfig
+from examples.training.checked import Checked
 from examples.training.checkpoints import checkpoints
 from examples.training.optimisers import (
     METHODS,
@@ -66,7 +67,7 @@ _SAME_NUMBERS = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Checked):
     """Train a transformer to predict real digits, pixel by pixel, or a text of yours.
 
     Whatever the layout, the mesh and the number of processes, the numbers are the same
@@ -154,12 +155,6 @@ class Config:
             "batch_size",
             f"a multiple of {shards}, the devices that share a batch",
         )
-
-    def expect(self, holds: bool, name: str, expected: str) -> None:
-        """Raise ValueError about a setting unless something holds."""
-        if not holds:
-            found = getattr(self, name)
-            raise ValueError(f"`{name}` is {found!r}; expected {expected}")
 
     def identity(self) -> dict[str, Any]:
         """Return the settings upon which numbers depend; a checkpoint is of these."""

@@ -27,6 +27,7 @@ import tyro
 from examples.data import Dataset, load_cifar10, load_digits
 from examples.models import CLASSIFIERS
 from examples.streaming import imagenet
+from examples.training.checked import Checked
 from examples.training.optimisers import WITHOUT_METHOD, Layers, Method, Optimiser
 from examples.training.report import (
     Arm,
@@ -48,7 +49,7 @@ from examples.training.supervised import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Comparison:
+class Comparison(Checked):
     """What all comparisons can be told."""
 
     optimisers: tuple[Optimiser, ...] = ("sgd", "orthogonal_sgd")
@@ -91,45 +92,19 @@ class Comparison:
     """Whether to delete the finished runs in the folder and start over."""
 
     def __post_init__(self):
-        names, methods = get_args(Optimiser), get_args(Method)
-        chosen = set(self.optimisers)
-        self.expect(
-            chosen <= set(names), "optimisers", f"names among {', '.join(names)}"
-        )
-        self.expect(
-            len(chosen) == len(self.optimisers) > 0,
-            "optimisers",
-            "one name or more, each once",
-        )
+        methods = get_args(Method)
+        self.expect_among(get_args(Optimiser), "optimisers")
+        self.expect(self.optimisers, "optimisers", "one name or more")
         self.expect(self.method in methods, "method", f"one of {', '.join(methods)}")
         counts = ("seeds", "tuning_seeds", "seeds_at_once", "epochs", "batch_size")
-        for name in counts:
-            self.expect(getattr(self, name) >= 1, name, "at least 1")
-        self.expect(
-            0 < self.learning_rate < math.inf, "learning_rate", "a positive number"
-        )
-        self.expect(
-            len(self.grid) > 0 and all(0 < rate < math.inf for rate in self.grid),
-            "grid",
-            "one positive number or more",
-        )
-        self.expect(
-            list(self.grid) == sorted(set(self.grid)),
-            "grid",
-            "rates in increasing order, each once",
-        )
-        for name in ("momentum", "b2"):
-            self.expect(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        self.expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
+        self.expect_at_least(1, *counts)
+        self.expect_positive("learning_rate")
+        self.expect_increasing("grid")
+        self.expect_share("momentum", "b2")
+        self.expect_at_least(0, "weight_decay")
         for name in ("minutes", "checkpoint_seconds"):
             self.expect(getattr(self, name) > 0, name, "a positive number")
         self.expect(not self.output.is_file(), "output", "a folder, found a file")
-
-    def expect(self, holds: bool, name: str, expected: str) -> None:
-        """Raise ValueError about a setting unless something holds."""
-        if not holds:
-            found = getattr(self, name)
-            raise ValueError(f"`{name}` is {found!r}; expected {expected}")
 
     def recipe(self, optimiser: Optimiser, **others) -> Recipe:
         """Return the recipe of an optimiser."""

@@ -415,11 +415,12 @@ def test_bad_batches_and_missing_data_end_with_a_message(tmp_path):
 
 
 def test_as_many_images_as_are_asked_for_and_no_fewer_to_choose_by():
-    whole, some = SMALL.load(), anytime.Digits(train_images=100).load_some()
+    whole = SMALL.load()
+    some = anytime.Digits(train_images=100).some(whole)
     assert len(some.train.labels) == len(some.train.images) == 100
     assert np.array_equal(some.train.images, whole.train.images[:100])
     assert len(some.validation.labels) == len(whole.validation.labels)
-    assert len(SMALL.load_some().train.labels) == len(whole.train.labels)
+    assert len(SMALL.some(whole).train.labels) == len(whole.train.labels)
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ def read(folder):
 
 @pytest.fixture(scope="module")
 def digits():
-    return jax.device_put(SMALL.load_some())
+    return jax.device_put(SMALL.some(SMALL.load()))
 
 
 @pytest.fixture(scope="module")

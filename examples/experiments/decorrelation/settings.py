@@ -15,12 +15,12 @@ from examples.experiments.decorrelation.rules import NAMES, WITHOUT_RATE, Name
 from examples.experiments.decorrelation.training import LEARNING, Learning, Recipe
 from examples.models.decorrelation import MODELS, Model
 from examples.training.optimisers import WITHOUT_METHOD, Optimiser
-from examples.training.report import RESULTS
+from examples.training.study import Study
 from examples.training.supervised import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Study):
     """What both data sets can be told."""
 
     learning: tuple[Learning, ...] = LEARNING
@@ -29,12 +29,9 @@ class Settings:
     """What is done to the inputs of all layers."""
     optimiser: Optimiser = "sgd"
     """What makes the step."""
-    momentum: float = 0.9
-    """Of the SGD family; b1 of the Adam family."""
     b2: float = 0.9999
     """Of the Adam family; the paper's."""
     grid: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-    """Learning rates to choose from, the same for every arm."""
     rates: tuple[float, ...] = (0.01, 0.1)
     """Decorrelation rates to choose from, the same for every rule that has one."""
     floors: tuple[float, ...] = (0.2, 0.5)
@@ -42,59 +39,30 @@ class Settings:
     tuning_seeds: int = 3
     """Runs of an arm at every pair of rates."""
     seeds: int = 21
-    """Runs of an arm at its own rates."""
     at_once: int = 21
     """Runs trained side by side; one compilation serves equal numbers."""
     epochs: int = 15
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images in a step; those beyond the last whole batch wait for another epoch."""
-    train_images: int = 0
-    """Images to train on, the first ones; 0 for all."""
     validation_images: int = 0
     """Images to choose by, the first ones; 0 for all."""
     schedule: Schedule = "constant"
-    """Of the learning rate."""
     update_every: int = 1
     """Steps between two batches that R and the running mean learn from."""
     noise: float = 1e-3
     """Standard deviation of node perturbation, in units of a layer's output."""
-    minutes: float = math.inf
-    """Stop after the epoch that passes so many; started again, it goes on there."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
-    results: Path = RESULTS
-    """Folder of decorrelation.csv, decorrelation.md and the figures."""
     checkpoints: Path = Path("runs/decorrelation")
-    """Folder of what is not finished."""
 
     def __post_init__(self):
-        for name, known in (("learning", LEARNING), ("rules", NAMES)):
-            chosen = getattr(self, name)
-            holds = chosen and set(chosen) <= set(known)
-            holds = holds and len(set(chosen)) == len(chosen)
-            self.expect(holds, name, f"names among {', '.join(known)}, each once")
-        counts = ("tuning_seeds", "seeds", "at_once", "epochs", "batch_size")
-        for name in (*counts, "update_every"):
-            self.expect(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("grid", "rates", "floors"):
-            chosen = getattr(self, name)
-            holds = chosen and all(0 < rate < math.inf for rate in chosen)
-            holds = holds and list(chosen) == sorted(set(chosen))
-            self.expect(holds, name, "positive numbers in increasing order, each once")
+        super().__post_init__()
+        self.expect_among(LEARNING, "learning")
+        self.expect_among(NAMES, "rules")
+        for name in ("learning", "rules"):
+            self.expect(getattr(self, name), name, "at least one")
+        self.expect_at_least(1, "at_once", "update_every")
+        self.expect_increasing("rates", "floors")
         self.expect(self.floors[-1] <= 1, "floors", "at most 1")
-        for name in ("train_images", "validation_images"):
-            self.expect(getattr(self, name) >= 0, name, "at least 0")
-        self.expect(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
-        self.expect(0 <= self.b2 < 1, "b2", "at least 0 and below 1")
-        for name in ("noise", "minutes", "checkpoint_seconds"):
-            self.expect(getattr(self, name) > 0, name, "a positive number")
-
-    def expect(self, holds: Any, name: str, expected: str) -> None:
-        """Raise ValueError about a setting unless something holds."""
-        if not holds:
-            found = getattr(self, name)
-            raise ValueError(f"`{name}` is {found!r}; expected {expected}")
+        self.expect_at_least(0, "validation_images")
+        self.expect_share("b2")
+        self.expect_positive("noise")
 
     def recipes(
         self, learning: Learning, rule: Name, optimiser: Optimiser, **others: Any
@@ -119,14 +87,7 @@ class Settings:
 
     def some(self, data: Dataset) -> Dataset:
         """Return as many images to train on and to choose by as are asked for."""
-        parts = {}
-        for name in ("train", "validation"):
-            split, count = getattr(data, name), getattr(self, f"{name}_images")
-            there = len(split.labels)
-            expected = f"at most {there}: there are no more"
-            self.expect(count <= there, f"{name}_images", expected)
-            parts[name] = Split(*(x[: count or there] for x in split))
-        return data._replace(**parts)
+        return super().some(data, "train", "validation")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

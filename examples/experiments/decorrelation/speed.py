@@ -17,8 +17,9 @@ import numpy as np
 from benchmarks import tables, timing
 from examples.data import Split
 from examples.experiments.decorrelation.rules import NAMES
-from examples.experiments.decorrelation.settings import RESULTS, Cifar10, Digits
+from examples.experiments.decorrelation.settings import Cifar10, Digits
 from examples.experiments.decorrelation.training import Recipe, initialise, train_step
+from examples.training.report import RESULTS
 
 NAME = "decorrelation_speed.csv"
 _SIZES = ("data", "model", "side", "widths", "batch_size", "sample", "update_every")

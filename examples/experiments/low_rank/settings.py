@@ -1,15 +1,13 @@
 """The settings of low-rank networks, for the program in `examples/low_rank.py`."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
-from examples.data import Dataset, Split, load_cifar10, load_digits
+from examples.data import Dataset, load_cifar10, load_digits
 from examples.experiments.low_rank.training import Model, Recipe
 from examples.training.optimisers import Optimiser
-from examples.training.report import RESULTS
-from examples.training.supervised import Schedule
+from examples.training.study import Study
 
 NO_CUT = 1e-6  # a threshold that nothing lies below
 Part = Literal["truncated", "fixed", "joint", "orthogonal"]
@@ -17,7 +15,7 @@ PARTS: tuple[Part, ...] = Part.__args__
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Study):
     """What both data sets can be told."""
 
     models: tuple[Model, ...]
@@ -41,53 +39,28 @@ class Settings:
     optimiser: Optimiser = "adam"
     """Of all arms but those with the orthogonal step, which have `orthogonal_sgd`."""
     grid: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
-    """Learning rates to choose from, the same for every arm."""
     orthogonal_grid: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     """Those of the arms with the orthogonal step."""
     orthogonal_beta: float = 0.3
     """Threshold of OIALR with the orthogonal step."""
     tuning_seeds: int = 2
-    """Runs of an arm at a rate of the grid."""
     seeds: int = 10
-    """Runs of an arm at its own rate."""
-    epochs: int = 30
-    """Passes over the training images."""
-    batch_size: int = 64
-    """Images in a step; those beyond the last whole batch wait for another epoch."""
-    train_images: int = 0
-    """Images to train on, the first ones; 0 for all."""
-    schedule: Schedule = "cosine"
-    """Of the learning rate."""
-    momentum: float = 0.9
-    """Momentum, or b1 of Adam."""
     weight_decay: float = 0.0
     """On every parameter that trains."""
-    minutes: float = math.inf
-    """Stop after the epoch that passes so many; started again, it goes on there."""
-    checkpoint_seconds: float = 60.0
-    """Seconds between two checkpoints."""
-    results: Path = RESULTS
-    """Folder of low_rank.csv, low_rank.md and the figures."""
     checkpoints: Path = Path("runs/low_rank")
     """Folder of what is not finished, and of networks to be cut."""
 
     def __post_init__(self):
-        for name in ("frequency", "rank_multiple", "tuning_seeds", "seeds", "epochs"):
-            self.expect(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("delay", "train_images"):
-            self.expect(getattr(self, name) >= 0, name, "at least 0")
-        self.expect(self.batch_size >= 1, "batch_size", "at least 1")
+        super().__post_init__()
+        self.expect_at_least(1, "frequency", "rank_multiple")
+        self.expect_at_least(0, "delay", "weight_decay")
         self.expect(len(self.models) > 0, "models", "at least one")
         self.expect(self.delay < self.epochs, "delay", f"below {self.epochs} epochs")
         later = [x for x in self.delays if not 0 <= x < self.epochs]
         expected = f"at least one, from 0 to {self.epochs - 1}"
         holds = "joint" not in self.parts or (self.delays and not later)
         self.expect(bool(holds), "delays", expected)
-        for name in ("grid", "orthogonal_grid"):
-            rates = getattr(self, name)
-            holds = rates and all(0 < rate < math.inf for rate in rates)
-            holds = holds and list(rates) == sorted(set(rates))
-            self.expect(holds, name, "positive rates in increasing order, each once")
+        self.expect_increasing("orthogonal_grid")
         for name, betas in (
             ("betas", self.betas),
             ("orthogonal_beta", (self.orthogonal_beta,)),
@@ -96,16 +69,6 @@ class Settings:
             holds = holds and len(set(betas)) == len(betas)
             self.expect(holds, name, f"in (0, 1), each once; {NO_CUT} cuts nothing")
         self.expect(0 <= self.layer_step <= 1, "layer_step", "in [0, 1]")
-        self.expect(0 <= self.momentum < 1, "momentum", "at least 0 and below 1")
-        self.expect(0 <= self.weight_decay < math.inf, "weight_decay", "at least 0")
-        for name in ("minutes", "checkpoint_seconds"):
-            self.expect(getattr(self, name) > 0, name, "a positive number")
-
-    def expect(self, holds: bool, name: str, expected: str) -> None:
-        """Raise ValueError about a setting unless something holds."""
-        if not holds:
-            found = getattr(self, name)
-            raise ValueError(f"`{name}` is {found!r}; expected {expected}")
 
     def sizes(self, model: Model) -> dict[str, int]:
         """Return width, depth and heads of a network."""
@@ -123,15 +86,6 @@ class Settings:
     def load(self) -> Dataset:
         """Return the data."""
         raise NotImplementedError
-
-    def load_some(self) -> Dataset:
-        """Return the data, with as many images to train on as are asked for."""
-        data = self.load()
-        there = len(data.train.labels)
-        holds = self.train_images <= there
-        self.expect(holds, "train_images", f"at most {there}: there are no more")
-        some = self.train_images or there
-        return data._replace(train=Split(*(x[:some] for x in data.train)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,13 @@ class Rule(Protocol):
 
 
 class Decision(NamedTuple):
-    """A cut with its reason: what the rules of this room decide, for `explain`."""
+    """A cut with its reason: what the rules of this room decide, for `explain`.
+
+    Attributes:
+      cut: the axes, or None for a leaf that is left alone.
+      reason: why, for people.
+      guess: whether the name leaves room for something else.
+    """
 
     cut: Matricisation | None
     reason: str

@@ -16,7 +16,13 @@ _SHOWN = 10
 
 
 class Leaf(NamedTuple):
-    """One leaf of a tree, and how a rule cuts it."""
+    """One leaf of a tree, and how a rule cuts it.
+
+    Attributes:
+      path: its path, joined by "/".
+      value: the leaf itself.
+      cut: the axes, or None for a leaf that is left alone.
+    """
 
     path: str
     value: Any

@@ -27,6 +27,13 @@ class PCGrad:
       ValueError: for an `order` that is no permutation of all tasks, or one given
         together with a `key`.
 
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
+      >>> transforms.task_weights(gram, transforms.PCGrad()).tolist()
+      [2.0, 1.25]
+
     References:
       Yu, Kumar, Gupta, Levine, Hausman, Finn: "Gradient Surgery for Multi-Task
       Learning", 2020, arXiv 2001.06782, Algorithm 1.
@@ -72,6 +79,13 @@ class GradVac:
     Raises:
       ValueError: for numbers outside of their ranges, a running mean without `tasks`,
         or as `PCGrad`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
+      >>> transforms.task_weights(gram, transforms.GradVac(0.0)).tolist()
+      [2.0, 1.25]
 
     References:
       Wang, Tsvetkov, Firat, Cao: "Gradient Vaccine", 2021, arXiv 2010.05874, equations
@@ -148,6 +162,13 @@ class CAGrad:
     Limits:
       The minimum is found up to about 1e-3 of the norm of d in float32. Scaled as the
       mean, not as the sum.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
+      >>> transforms.task_weights(gram, transforms.CAGrad(c=0.0)).tolist()
+      [0.5, 0.5]
 
     References:
       Liu, Liu, Jin, Stone, Liu: "Conflict-Averse Gradient Descent for Multi-task

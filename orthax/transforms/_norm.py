@@ -13,7 +13,15 @@ Axes = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class OriginalNorm:
-    """Give the update the Frobenius norm of its input, matrix by matrix."""
+    """Give the update the Frobenius norm of its input, matrix by matrix.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> norm = transforms.OriginalNorm()
+      >>> norm.factor(4 * jnp.eye(2), jnp.eye(2), (0, 1)).tolist()
+      [[4.0]]
+    """
 
     def factor(self, before: jax.Array, after: jax.Array, axes: Axes) -> jax.Array:
         """Return one factor for each matrix, whose axes are given and are kept."""
@@ -28,6 +36,13 @@ class NuclearNorm:
 
     For the exact polar factor this is the nuclear norm of the input, and the result is
     the steepest-descent step in the spectral norm.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> norm = transforms.NuclearNorm()
+      >>> norm.factor(4 * jnp.eye(2), jnp.eye(2), (0, 1)).tolist()
+      [[8.0]]
 
     References:
       Bernstein, Newhouse: "Old Optimizer, New Norm: An Anthology", 2024, arXiv

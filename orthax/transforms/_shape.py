@@ -31,6 +31,11 @@ class ShapeRule(Protocol):
 class Width:
     """`sqrt(max(1, fan_out / fan_in))`: what Muon and `optax.contrib.muon` do.
 
+    Example:
+      >>> from orthax import transforms
+      >>> transforms.Width().factor(fan_in=4, fan_out=16, taps=1)
+      2.0
+
     References:
       Jordan: "Muon", 2024, https://kellerjordan.github.io/posts/muon.
     """
@@ -43,6 +48,11 @@ class Width:
 @dataclasses.dataclass(frozen=True)
 class Spectral:
     """`sqrt(fan_out / fan_in)`: the update has spectral norm one from RMS to RMS.
+
+    Example:
+      >>> from orthax import transforms
+      >>> transforms.Spectral().factor(fan_in=16, fan_out=4, taps=1)
+      0.5
 
     References:
       Yang, Simon, Bernstein: "A Spectral Condition for Feature Learning", 2023, arXiv
@@ -57,6 +67,11 @@ class Spectral:
 @dataclasses.dataclass(frozen=True)
 class MaxDim:
     """`sqrt(max(fan_out, fan_in))`: entries of root mean square one at full rank.
+
+    Example:
+      >>> from orthax import transforms
+      >>> transforms.MaxDim().factor(fan_in=16, fan_out=4, taps=1)
+      4.0
 
     References:
       Liu et al.: "Muon is Scalable for LLM Training", 2025, arXiv 2502.16982, Lemma 1.
@@ -81,6 +96,11 @@ class RMSMatch:
       TypeError: if `rms` is not a Python number.
       ValueError: if `rms` is not finite and positive.
 
+    Example:
+      >>> from orthax import transforms
+      >>> transforms.RMSMatch(0.5).factor(fan_in=16, fan_out=4, taps=1)
+      2.0
+
     References:
       Liu et al. 2025, arXiv 2502.16982, equation (4).
     """
@@ -104,6 +124,11 @@ class ConvSpectral:
 
     A convolution sums over its taps, so its norm from RMS to RMS is at most the sum of
     the norms of its taps. For dense layers the same as `Spectral`.
+
+    Example:
+      >>> from orthax import transforms
+      >>> transforms.ConvSpectral().factor(fan_in=4 * 4, fan_out=4, taps=4)
+      0.25
 
     References:
       Pethick et al.: "Training Deep Learning Models with Norm-Constrained LMOs", 2025,

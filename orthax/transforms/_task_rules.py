@@ -32,7 +32,15 @@ class TaskRule(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Sum:
-    """The sum of all gradients: that of the sum of all losses."""
+    """The sum of all gradients: that of the sum of all losses.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
+      >>> transforms.task_weights(gram, transforms.Sum()).tolist()
+      [1.0, 1.0]
+    """
 
     def init(self) -> tuple[()]:
         """Return no state."""
@@ -67,6 +75,13 @@ class OSGD:
     Limits:
       A gradient that is a combination of earlier ones up to rounding adds nothing.
       Momentum, Adam, decay or `orthogonalise` behind it break the identity.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
+      >>> (transforms.task_weights(gram, transforms.OSGD()) @ gram).tolist()
+      [1.0, 2.0]
 
     References:
       Wan, Hoffmann, Lu, Maire: "Orthogonalized SGD and Nested Architectures for Anytime
@@ -135,6 +150,14 @@ class Symmetric:
     Limits:
       Directions of the span that are rounding (eigenvalues of the Gram matrix below
       about 1e-6 of the largest in float32) are left out.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import transforms
+      >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
+      >>> weights = transforms.task_weights(gram, transforms.Symmetric())
+      >>> weights.tolist()
+      [1.534, 1.283]
 
     References:
       Löwdin: "On the Non-Orthogonality Problem", J. Chem. Phys. 18, 1950, equation

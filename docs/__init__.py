@@ -1,0 +1,1 @@
+"""The documentation: pages, and what is written when they are built."""

@@ -21,6 +21,10 @@ class GPTConfig:
       depth: number of blocks.
       heads: attention heads of every block; divides `width`.
       width: features of a token.
+      initial: standard deviation of the first kernels; of those that are added to the
+        residual stream it is divided by sqrt(2 depth).
+      scanned: whether the blocks are one, whose parameters have a first axis as long as
+        `depth`: compiled once, and cut by `ByName(stacked=("blocks",))`.
     """
 
     vocabulary: int = 50257
@@ -28,6 +32,8 @@ class GPTConfig:
     depth: int = 12
     heads: int = 12
     width: int = 768
+    initial: float = 0.02
+    scanned: bool = False
 
 
 GPT2_SMALL = GPTConfig()
@@ -39,8 +45,7 @@ class Block(nnx.Module):
     """Causal self-attention and a feed-forward block, each normed first and added.
 
     Args:
-      config: sizes; `depth` scales the initial weights of what is added to the
-        residual stream by 1 / sqrt(2 depth).
+      config: sizes, and how large the first kernels are.
       dtype: dtype of the activations; parameters are float32.
       rngs: random streams of the initial weights.
 
@@ -51,19 +56,20 @@ class Block(nnx.Module):
     def __init__(self, config: GPTConfig, *, dtype: Any = None, rngs: nnx.Rngs):
         options = {"dtype": dtype, "rngs": rngs}
         width = config.width
-        residual = nnx.initializers.normal(0.02 / (2 * config.depth) ** 0.5)
+        first = nnx.initializers.normal(config.initial)
+        residual = nnx.initializers.normal(config.initial / (2 * config.depth) ** 0.5)
         self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, **options)
         self.attention = nnx.MultiHeadAttention(
             config.heads,
             width,
-            kernel_init=_INIT,
+            kernel_init=first,
             out_kernel_init=residual,
             decode=False,
             keep_rngs=False,
             **options,
         )
         self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, **options)
-        self.up = nnx.Linear(width, 4 * width, kernel_init=_INIT, **options)
+        self.up = nnx.Linear(width, 4 * width, kernel_init=first, **options)
         self.down = nnx.Linear(4 * width, width, kernel_init=residual, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -101,8 +107,7 @@ class GPT(nnx.Module):
         self.positions = nnx.Embed(
             config.context, width, embedding_init=_INIT, **options
         )
-        blocks = [Block(config, **options) for _ in range(config.depth)]
-        self.blocks = nnx.Sequential(*blocks)
+        self.blocks = _blocks(config, dtype, rngs)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, **options)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -120,7 +125,31 @@ class GPT(nnx.Module):
                 f"{context}."
             )
         x = self.tokens(tokens) + self.positions(jnp.arange(length))
-        x = self.norm(self.blocks(x))
+        x = self.norm(_through(self.blocks, x))
         # Products of the activations' dtype, sums and logits of float32.
         table = self.tokens.embedding[...].astype(x.dtype)
         return jnp.einsum("ntd,vd->ntv", x, table, preferred_element_type=jnp.float32)
+
+
+def _blocks(config: GPTConfig, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """Return the blocks in a row, or one that has the parameters of all."""
+    if not config.scanned:
+        blocks = (Block(config, dtype=dtype, rngs=rngs) for _ in range(config.depth))
+        return nnx.Sequential(*blocks)
+
+    @nnx.split_rngs(splits=config.depth)
+    @nnx.vmap
+    def stacked(rngs: nnx.Rngs) -> Block:
+        return Block(config, dtype=dtype, rngs=rngs)
+
+    return stacked(rngs)
+
+
+def _through(blocks: nnx.Module, x: jax.Array) -> jax.Array:
+    """Return tokens behind all blocks."""
+    if isinstance(blocks, nnx.Sequential):
+        return blocks(x)
+    graphdef, params = nnx.split(blocks)
+    return jax.lax.scan(lambda x, own: (nnx.merge(graphdef, own)(x), None), x, params)[
+        0
+    ]

@@ -28,6 +28,11 @@ from examples.training.runs import (
 from examples.training.supervised import Run, State
 
 
+def whole_batches(recipe: Any, data: Dataset) -> int:
+    """Return how many whole batches there are in the images to train on."""
+    return len(data.train.labels) // recipe.batch_size
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """What tells one trainer from another.
@@ -40,6 +45,8 @@ class Trainer:
       make_row: `(run, history, seconds, tested)` gives the row of a finished run, from
         metrics of every epoch.
       title: names a recipe beside the progress bar.
+      steps: `(recipe, data)` gives the steps of an epoch; by default as many as there
+        are whole batches of images to train on.
     """
 
     initialise: Callable[[jax.Array, Any], State]
@@ -47,6 +54,7 @@ class Trainer:
     evaluate: Callable
     make_row: Callable[..., Row]
     title: Callable[[Any], str]
+    steps: Callable[[Any, Any], int] = whole_batches
 
 
 @functools.lru_cache(maxsize=4)
@@ -85,7 +93,7 @@ def train_together(
       OutOfTime: after the deadline.
     """
     first, count = runs[0], len(runs)
-    steps = len(data.train.labels) // first.recipe.batch_size
+    steps = trainer.steps(first.recipe, data)
     epoch_of, _ = programs(trainer, first.recipe, count)
     keys = jnp.stack([jax.random.key(run.seed) for run in runs])
     fold = jax.vmap(jax.random.fold_in, (0, None))

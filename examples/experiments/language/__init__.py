@@ -1,0 +1,1 @@
+"""Language models: optimisers and cuts of attention, the trainer, the page."""

@@ -1,14 +1,11 @@
 """The ImageNet trainer: images, batches, meshes, checkpoints, processes."""
 
 import contextlib
-import csv
 import functools
 import io
 import os
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from compiling import compiled
+import trainings
 from flax import nnx
 from PIL import Image
+from trainings import Jitted, KilledError, make_tree, small, table
 
 pytest.importorskip("grain")
 pytest.importorskip("tensorboardX")
@@ -28,7 +26,7 @@ pytest.importorskip("tensorboardX")
 from benchmarks import tables
 from examples import train
 from examples.data import imagenet as batches, records
-from examples.models import IMAGENET, resnet
+from examples.models import IMAGENET
 from examples.streaming import (
     imagenet,
     log as imagenet_log,
@@ -271,21 +269,6 @@ def test_normalised_colours_have_the_mean_and_deviation_of_imagenet():
 # ------------------------------------------------------------------------------- trees
 
 
-def make_tree(folder, train=24, val=7, classes=3):
-    """Write a tree of noisy JPEG images of about 20 x 20 pixels, a colour a class."""
-    random = np.random.default_rng(0)
-    for part, count in (("train", train), ("val", val)):
-        for label in range(classes):
-            own = folder / part / f"n{label:02}"
-            own.mkdir(parents=True)
-            for i in range(count):
-                pixels = random.integers(0, 160, (20 + i % 3, 22, 3))
-                pixels[:, :, label % 3] += 90
-                image = Image.fromarray(pixels.astype(np.uint8))
-                image.save(own / f"{label}_{i}.JPEG")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("tree"))
@@ -375,13 +358,6 @@ def test_real_images_all_decode():
 # ------------------------------------------------------------------ steps on any mesh
 
 
-def small(image_size=16, classes=3, *, dtype=None, rngs):
-    """Return a network of two blocks, the second of stride 2 with a shortcut."""
-    return resnet.ResNet(
-        (1, 1), (8, 16), classes, cifar_stem=True, dtype=dtype, rngs=rngs
-    )
-
-
 def settings(data_dir=None, **others):
     usual = {
         "model": "resnet18",
@@ -410,19 +386,6 @@ USUAL = {
     "label_smoothing": 0.1,
     "checkpoint_steps": 3,
 }
-
-
-class Jitted:
-    """A program that is compiled once, whoever asks for that."""
-
-    def __init__(self, f):
-        self.f = f
-
-    def lower(self, *_):
-        return self
-
-    def compile(self):
-        return self.f
 
 
 @functools.cache
@@ -465,7 +428,7 @@ def one_device():
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), statistics, state, value
 
-    step, state, losses = compiled(step), tx.init(params), []
+    step, state, losses = jax.jit(step), tx.init(params), []
     average = jax.tree.map(np.asarray, (params, statistics))
     for i, batch in enumerate(random_batches(10)):
         params, statistics, state, value = step(params, statistics, state, batch)
@@ -573,14 +536,6 @@ def never_killed(train_in, tmp_path_factory):
     return folder, train_in(folder, draw=True, profile_steps=1)
 
 
-def table(path):
-    """Return the rows of a file, without what is measured by the clock."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    clock = ("seconds", "images_per_s", "waited")
-    return [{k: x for k, x in row.items() if k not in clock} for row in rows]
-
-
 def assert_same_training(folder, state, never_killed):
     wanted_folder, wanted = never_killed
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True)
@@ -642,10 +597,6 @@ def test_what_a_training_writes(never_killed, tree):
     first = next(r for r in epochs if float(r["validation_top1"]) == best)
     (path,) = (folder / "checkpoints" / "best").iterdir()
     assert path.name == first["step"]
-
-
-class KilledError(BaseException):
-    pass
 
 
 @pytest.mark.parametrize(
@@ -884,53 +835,18 @@ def test_imagenet_of_tfds(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------- real processes
 
-# Trains a small network, slowly where it is to be killed, and writes what it ends with.
-PROCESS = """
-import sys, time
-import jax, numpy
-from jax.experimental import multihost_utils
-from examples.streaming import training as imagenet_training
-from examples import train
-from examples.models import IMAGENET, resnet
-IMAGENET["resnet18"] = lambda size, classes, **options: resnet.ResNet(
-    (1, 1), (8, 16), classes, cifar_stem=True, **options)
-slow, path, *words = sys.argv[1:]
-make, place = imagenet_training.train, imagenet_training.place
-def sleepy(*args):
-    time.sleep(float(slow))
-    return place(*args)
-def kept(*args):
-    state = make(*args)
-    leaves = multihost_utils.process_allgather(jax.tree.leaves(state), tiled=True)
-    numpy.savez(path, *leaves)
-    return state
-imagenet_training.place, imagenet_training.train = sleepy, kept
-if __name__ == "__main__":
-    train.main(["imagenet", *words])
-"""
 
-
-def start(stack, tmp_path, tree, name, words, devices=4, slow=0.0):
+def start(stack, tmp_path, tree, name, words, slow=0.0):
     """Start a process that trains; return it, its output and what it ends with."""
-    usual = USUAL | {"model": "resnet18", "batch_size": 16, "image_size": 16}
-    usual |= {"learning_rate": 0.02, "dtype": "float32", "workers": 0, "threads": 2}
-    options = [f"--{k.replace('_', '-')}={x}" for k, x in usual.items()]
-    root = Path(__file__).parents[1]
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    flags += " --xla_backend_optimization_level=0"
-    env = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(root)}
-    out, last = tmp_path / f"{name}.txt", tmp_path / f"{name}.npz"
-    command = [sys.executable, "-c", PROCESS, str(slow), last]
-    process = subprocess.Popen(
-        [*command, f"--data-dir={tree}", *options, *words],
-        stdout=stack.enter_context(out.open("w")),
-        stderr=subprocess.STDOUT,
-        env=env,
-        cwd=root,
+    return trainings.start(
+        "imagenet", stack, tmp_path, name, process_options(tree), words, slow=slow
     )
-    stack.callback(process.wait)
-    stack.callback(process.kill)
-    return process, out, last
+
+
+def process_options(tree):
+    usual = {"model": "resnet18", "batch_size": 16, "image_size": 16}
+    usual |= {"learning_rate": 0.02, "dtype": "float32", "workers": 0, "threads": 2}
+    return USUAL | usual | {"data_dir": tree}
 
 
 @pytest.mark.slow
@@ -962,24 +878,10 @@ def test_kill_9_loses_nothing(tree, tmp_path):
 
 def train_in_two(tmp_path, tree, folder, name):
     """Train in two processes of two devices; return what each of them ends with."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    words = [f"--coordinator=localhost:{port}", "--processes=2", "--mesh", "2", "2"]
-    words += [f"--output={folder}"]
-    begin = functools.partial(start, tmp_path=tmp_path, tree=tree, devices=2)
+    words = ["--mesh", "2", "2", f"--output={folder}"]
+    options = process_options(tree)
     with contextlib.ExitStack() as stack:
-        started = [
-            begin(stack, name=f"{name}{i}", words=[*words, f"--process={i}"])
-            for i in range(2)
-        ]
-        codes = [process.wait(timeout=280) for process, _, _ in started]
-    assert codes == [0, 0], "".join(out.read_text() for _, out, _ in started)
-    found = []
-    for _, _, path in started:
-        with np.load(path) as arrays:
-            found.append([arrays[name] for name in arrays.files])
-    return found
+        return trainings.train_in_two("imagenet", stack, tmp_path, name, options, words)
 
 
 @pytest.mark.slow
@@ -1045,7 +947,12 @@ def test_estimates_of_all_of_imagenet():
 def test_the_page_has_the_runs(never_killed, tmp_path):
     rows = Rows(never_killed[0] / "results.csv").rows()
     page = imagenet_report.page(rows, [])
-    assert "72 images of 3 classes, 16 pixels, 3 epochs, batch 16, cosine" in page
+    assert (
+        "`python -m examples.train imagenet --data-dir TREE --model resnet18 "
+        "--optimiser orthogonal_sgd --epochs 3 --batch-size 16 --learning-rate 0.02 "
+        "--schedule cosine --label-smoothing 0.1 --ema 0.9 --dtype float32 "
+        "--image-size 16` | 72 of 3 classes |"
+    ) in page
     accuracy = 100 * float(rows[0]["validation_accuracy"])
     assert f"| {accuracy:.1f} | 100.0 |" in page
     imagenet_report.plot(rows, tmp_path / "x.png")

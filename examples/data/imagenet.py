@@ -43,6 +43,7 @@ def random_view(
     size: int,
     area: tuple[float, float] = (0.08, 1.0),
     aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
 ) -> np.ndarray:
     """Return a random part of an image, resized to `(size, size, 3)`, perhaps mirrored.
 
@@ -52,6 +53,7 @@ def random_view(
       size: height and width of what is returned, pixels.
       area: least and largest share of the image's area; uniform.
       aspect: least and largest width over height; its logarithm is uniform.
+      resampling: the filter; smaller images are averages (antialiased).
 
     References:
       Szegedy et al.: "Going deeper with convolutions", 2015, Section 6.
@@ -70,8 +72,16 @@ def random_view(
         width = min(full_width, full_height * aspect[1])
         height = min(full_height, full_width / aspect[0])
         left, top = (full_width - width) / 2, (full_height - height) / 2
-    cut = _resized(image, (left, top, left + width, top + height), size)
+    cut = _resized(image, (left, top, left + width, top + height), size, resampling)
     return cut[:, ::-1] if random.random() < 0.5 else cut
+
+
+def two_views(
+    image: Image.Image, random: np.random.Generator, *, size: int
+) -> np.ndarray:
+    """Return two random views, bicubic, of one image: `(2, size, size, 3)`."""
+    view = functools.partial(random_view, resampling=Image.Resampling.BICUBIC)
+    return np.stack([view(image, random, size=size) for _ in range(2)])
 
 
 def centre_view(image: Image.Image, *, size: int, resize: int) -> np.ndarray:
@@ -84,9 +94,14 @@ def centre_view(image: Image.Image, *, size: int, resize: int) -> np.ndarray:
     return _resized(image, (left, top, left + side, top + side), size)
 
 
-def _resized(image: Image.Image, box: Sequence[float], size: int) -> np.ndarray:
-    """Return a part of an image, bilinear; smaller ones are averages (antialiased)."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box))
+def _resized(
+    image: Image.Image,
+    box: Sequence[float],
+    size: int,
+    resampling: Image.Resampling = Image.Resampling.BILINEAR,
+) -> np.ndarray:
+    """Return a part of an image in another size."""
+    return np.asarray(image.resize((size, size), resampling, box))
 
 
 # Mean and standard deviation of the colours of ImageNet, of pixels between 0 and 1.
@@ -94,9 +109,11 @@ _MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def normalised(images: jax.Array) -> jax.Array:
-    """Return uint8 images as the networks get them, float32."""
+    """Return images, uint8 or floating from 0 to 1, as the networks get them."""
     mean, deviation = jnp.asarray(_MEAN), jnp.asarray(_DEVIATION)
-    return (images / jnp.float32(255) - mean) / deviation
+    if images.dtype == jnp.uint8:
+        images = images / jnp.float32(255)
+    return (images - mean) / deviation
 
 
 # ------------------------------------------------------------------------ the batches
@@ -145,8 +162,9 @@ def training_batches(
 
     An epoch has as many whole batches as the records make; those that are left over are
     others in every epoch. A batch has "image" `(n, ...)`, of what `view` returns,
-    "label" `(n,)`, int32, and "unreadable" `(n,)`, int32: which record could not be
-    read, where another one took its place, and else -1.
+    "label" `(n,)`, int32, "seed" `(n,)`, uint32: of what the device does to an image at
+    random, and "unreadable" `(n,)`, int32: which record could not be read, where
+    another one took its place, and else -1.
 
     Args:
       records: what to read.
@@ -171,7 +189,8 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """Yield this host's part of every batch, in order, filled up with black images.
 
-    As `training_batches`; the label of what fills up, or could not be read, is -1.
+    As `training_batches`, without "seed"; the label of what fills up, or could not be
+    read, is -1.
     """
     whole = -(-len(records) // reading.batch_size) * reading.batch_size
     load = functools.partial(_load_or_pad, records=records, view=view, reading=reading)
@@ -189,6 +208,7 @@ def _load(
             return {
                 "image": view(image, random),
                 "label": np.int32(label),
+                "seed": random.integers(2**32, dtype=np.uint32),
                 "unreadable": np.int32(bad),
             }
     raise UnreadableImageError(

@@ -38,15 +38,14 @@ TWO_VIEWS = (Changes(blur=1.0, solarise=0.0), Changes(blur=0.1, solarise=0.2))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def changed(images: jax.Array, key: jax.Array, chances: Changes) -> jax.Array:
-    """Return images changed at random, each in its own way.
+def changed(images: jax.Array, keys: jax.Array, chances: Changes) -> jax.Array:
+    """Return images changed at random, each in the way of its key.
 
     Args:
       images: shape `(n, height, width, 3)`, floating, from 0 to 1.
-      key: of the random numbers.
+      keys: of the random numbers, shape `(n,)`.
       chances: how likely what is.
     """
-    keys = jax.random.split(key, len(images))
     return jax.vmap(lambda image, key: _changed(image, key, chances))(images, keys)
 
 
@@ -72,10 +71,11 @@ def _jittered(image: jax.Array, factors: jax.Array, order: jax.Array) -> jax.Arr
         functools.partial(saturated, factor=1 + 0.2 * at[2]),
         functools.partial(hued, turn=0.1 * at[3]),
     ]
-    # All four at every place, one of them chosen: under `vmap` a branch is a choice.
-    for which in jax.random.permutation(order, 4):
-        image = jnp.stack([f(image) for f in change])[which]
-    return image
+    order = jax.random.permutation(order, 4)
+    # Under `vmap` all four are computed at every place, and one of them is chosen.
+    return jax.lax.fori_loop(
+        0, 4, lambda i, image: jax.lax.switch(order[i], change, image), image
+    )
 
 
 def brightened(image: jax.Array, factor: jax.Array) -> jax.Array:

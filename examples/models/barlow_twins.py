@@ -1,4 +1,4 @@
-"""Barlow Twins: an encoder, a projector, and the loss of two views of images.
+"""Barlow Twins: an encoder, a projector, the loss of two views, a linear probe.
 
 Zbontar, Jing, Misra, LeCun, Deny: "Barlow Twins: Self-Supervised Learning via
 Redundancy Reduction", 2021, https://arxiv.org/abs/2103.03230.
@@ -69,6 +69,31 @@ class BarlowTwins(nnx.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Return the embeddings `(n, widths[-1])` of images `(n, height, width, 3)`."""
         return self.projector(self.encoder(images))
+
+
+class LinearProbe(nnx.Module):
+    """A dense layer behind an encoder that stays as it is: what its features know.
+
+    Args:
+      twins: what the encoder is taken from; it is in evaluation mode from then on.
+      classes: how many.
+      rngs: random streams of the dense layer's weights, whose deviation is 0.01.
+
+    Attributes:
+      LEARNED: the variables of the dense layer, for `nnx.split`.
+    """
+
+    LEARNED = nnx.All(nnx.Param, nnx.PathContains("head"))
+
+    def __init__(self, twins: BarlowTwins, classes: int, *, rngs: nnx.Rngs):
+        twins.encoder.eval()
+        self.encoder = twins.encoder
+        init = nnx.initializers.normal(0.01)
+        self.head = nnx.Linear(twins.features, classes, kernel_init=init, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Return the logits `(n, classes)` of images `(n, height, width, 3)`."""
+        return self.head(jax.lax.stop_gradient(self.encoder(images)))
 
 
 def barlow_twins_loss(

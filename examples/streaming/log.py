@@ -18,7 +18,7 @@ _TIMES = ("seconds", "waited")
 
 def means(sums: Mapping[str, float]) -> dict[str, float]:
     """Return what is summed over images as their mean; counts as they are."""
-    images = sums["images"]
+    images = float(sums["images"])
     return {
         name: float(x) if name in _COUNTS else float(x) / images if images else math.nan
         for name, x in sums.items()

@@ -36,6 +36,8 @@ class Task(NamedTuple):
       optimiser: makes the optimiser, given the learning rate of a step.
       average: decay of the exponential moving average of the model that is evaluated,
         a step; None to evaluate the model itself.
+      learned: which variables of the model the optimiser changes, as `nnx.split` takes
+        it; the others change as the model changes them when it is called.
     """
 
     model: Callable[[jax.Array], nnx.Module]
@@ -43,14 +45,15 @@ class Task(NamedTuple):
     score: Callable[[nnx.Module, Any], Sums]
     optimiser: Callable[[jax.Array], optax.GradientTransformation]
     average: float | None = None
+    learned: Any = nnx.Param
 
 
 class State(NamedTuple):
     """All that a step changes.
 
     Attributes:
-      params: the parameters, float32.
-      statistics: running mean and variance of batch normalisation.
+      params: what is learned, float32.
+      statistics: running mean and variance of batch normalisation, and all else.
       optimiser: what it keeps.
       average: of parameters and statistics, or None.
     """
@@ -118,7 +121,7 @@ def make_program(task: Task, mesh: jax.sharding.Mesh) -> Program:
     copied = NamedSharding(mesh, P())
 
     def initialise(key: jax.Array) -> State:
-        _, params, statistics = nnx.split(task.model(key), nnx.Param, ...)
+        _, params, statistics = nnx.split(task.model(key), task.learned, ...)
         # The rate has no part in the optimiser's first state.
         optimiser = task.optimiser(jnp.float32(1.0)).init(params)
         average = None if task.average is None else (params, statistics)
@@ -126,8 +129,8 @@ def make_program(task: Task, mesh: jax.sharding.Mesh) -> Program:
 
     def merged(params: nnx.State, statistics: nnx.State) -> nnx.Module:
         # What FSDP gathers for this and for the gradient, and keeps no longer.
-        params = jax.lax.with_sharding_constraint(params, copied)
-        return nnx.merge(graphdef, params, statistics, copy=True)
+        whole = jax.lax.with_sharding_constraint((params, statistics), copied)
+        return nnx.merge(graphdef, *whole, copy=True)
 
     def step(
         state: State, batch: Any, rate: jax.Array, number: jax.Array
@@ -135,7 +138,7 @@ def make_program(task: Task, mesh: jax.sharding.Mesh) -> Program:
         def objective(params: nnx.State) -> tuple[jax.Array, tuple]:
             model = merged(params, state.statistics)
             loss, sums = task.loss(model, batch)
-            return loss, (nnx.split(model, nnx.Param, ...)[2], sums)
+            return loss, (nnx.split(model, task.learned, ...)[2], sums)
 
         grads, (statistics, sums) = jax.grad(objective, has_aux=True)(state.params)
         # Gradients lie like their parameters: summed where they are needed.

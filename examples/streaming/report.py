@@ -13,9 +13,11 @@ from matplotlib.figure import Figure
 from benchmarks import tables
 from examples.streaming.imagenet import Imagenet
 from examples.streaming.results import KEY, Rows, key
+from examples.streaming.settings import Streamed
 from examples.training.report import RESULTS, Row, curve, mean_and_error, spread
 
 NOT_YET = "not yet run"
+FILE = "examples/results/imagenet.csv"
 IMAGES = 1_281_167  # of ImageNet's training split
 # What the paper reports (arXiv 2202.07052, Section 3), and what else there is to run.
 FULL = (
@@ -36,50 +38,53 @@ Written by `python -m examples.streaming.report` from `imagenet.csv`, one row a 
 ## Trained on a part of Tiny-ImageNet
 
 Accuracy on the validation split, per cent, after the last epoch, mean and one standard
-error of n runs. Nothing was tuned: every optimiser has the settings of the table. The
-command, in one line and for each optimiser; killed, it goes on where it was:
-
-    python -m examples.train imagenet --data-dir TREE --model resnet18 --image-size 64
-    --resize 64 --dtype float32 --workers 0 --batch-size 250 --epochs 3 --optimiser sgd
-    --output runs/imagenet/tiny-sgd --results examples/results/imagenet.csv
+error of n runs. Nothing was tuned. Killed, a command goes on where it was.
 
 {runs}
 
 ## Rates
 
-`input` reads, decodes, cuts and batches, and trains nothing; `step` trains on the same
-random images and reads nothing. The overhead is over SGD's step of the same batch.
-"load" is how many other programs there were for the cores: images per second are of
-what those left, images a CPU second (of one process) are not.
+{how}
 
 {rates}
 
 ## All of ImageNet
 
+{cost}
+
+{full}
+"""
+HOW = """\
+`input` reads, decodes, cuts and batches, and trains nothing; `step` trains on the same
+random images and reads nothing. The overhead is over {plain}'s step of the same batch.
+"load" is how many other programs there were for the cores: images per second are of
+what those left, images a CPU second (of one process) are not."""
+COST = """\
 The commands, for as many devices as there are: the mesh is all of them, data parallel,
 unless `--mesh DATA FSDP` says otherwise. The estimate is of the steps alone, on the
 device and with the batch of the rate that it is computed from, which is scaled to 1024
 images: the passes over the network with the images, the rest of the optimiser's step,
-its time over SGD's, not at all.
-
-{full}
-"""
+its time over {plain}'s, not at all."""
 
 
 def page(rows: Sequence[Row], rates: Sequence[Row]) -> str:
     """Return the page."""
     return _PAGE.format(
         runs=run_table(rows) or NOT_YET,
-        rates=rate_tables(rates) or NOT_YET,
+        how=HOW.format(plain="SGD"),
+        rates=rate_tables(rates, "SGD") or NOT_YET,
+        cost=COST.format(plain="SGD"),
         full=full_table(rows, rates),
     )
 
 
-def arms(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
+def arms(
+    rows: Sequence[Row], names: Sequence[str] = KEY
+) -> Iterator[tuple[Row, list[Row]]]:
     """Yield the rows that differ in their seeds alone, behind the first of them."""
     found: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[k] for k in KEY if k != "seed"), []).append(row)
+        found.setdefault(tuple(row[k] for k in names if k != "seed"), []).append(row)
     for group in found.values():
         yield group[0], group
 
@@ -89,22 +94,44 @@ def numbers(group: Sequence[Row], name: str) -> np.ndarray:
     return np.array([float(row[name]) for row in group])
 
 
+def command(
+    program: str, row: Row, usual: Row, names: Sequence[str], more: str = ""
+) -> str:
+    """Return the command of a run: what differs from the settings by default.
+
+    Args:
+      program: what is called, with the folder of the data.
+      row: the settings, as `examples.streaming.results.key` has them.
+      usual: those by default.
+      names: which there are.
+      more: further words.
+    """
+    words = [
+        f"--{name.replace('_', '-')} {row[name]}"
+        for name in names
+        if name not in ("classes", "images")
+        and (row[name] != usual[name] or name == "optimiser")
+    ]
+    return f"`{' '.join(['python -m', program, *words, more]).strip()}`"
+
+
+def run_command(row: Row, data: str, more: str = "") -> str:
+    """Return the command of a run of the ImageNet trainer."""
+    usual = key(Imagenet(optimiser=row["optimiser"]), Whole())
+    return command(f"examples.train imagenet --data-dir {data}", row, usual, KEY, more)
+
+
 def run_table(rows: Sequence[Row]) -> str:
     """Return the table of the runs on smaller sets than ImageNet, and their figure."""
     body, small = [], [row for row in rows if row["classes"] != "1000"]
     for row, group in arms(small):
-        settings = (
-            f"{row['images']} images of {row['classes']} classes, {row['image_size']} "
-            f"pixels, {row['epochs']} epochs, batch {row['batch_size']}, "
-            f"{row['schedule']} rate {row['learning_rate']}, {row['dtype']}"
-        )
         accuracy = (
             100 * numbers(group, f"validation_{k}") for k in ("accuracy", "top5")
         )
         body.append(
             [
-                f"{row['model']}, `{row['optimiser']}` {row['method']}",
-                settings,
+                run_command(row, "TREE"),
+                f"{row['images']} of {row['classes']} classes",
                 *(spread(x, 1) for x in accuracy),
                 spread(numbers(group, "train_loss"), 2),
                 str(len(group)),
@@ -116,29 +143,29 @@ def run_table(rows: Sequence[Row]) -> str:
         )
     if not body:
         return ""
-    header = ["", "settings", "top-1", "top-5", "training loss", "n"]
+    header = ["", "images", "top-1", "top-5", "training loss", "n"]
     header += ["s a run", "images/s", "waiting for data", "device"]
     text = "\n\n![loss and accuracy by epoch](imagenet.png)"
     return tables.markdown(header, body) + text
 
 
-def rate_tables(rates: Sequence[Row]) -> str:
+def rate_tables(rates: Sequence[Row], plain: str) -> str:
     """Return a table for every device of what was measured on it."""
 
     def table(rows: list[Row]) -> str:
         header = ["", "images of", "pixels", "batch", "images/s", "ms a batch"]
-        header += ["over SGD", "images a CPU second", "load"]
+        header += [f"over {plain}", "images a CPU second", "load"]
         body = []
         for row in rows:
-            plain = sgd_of(row, rates)
-            over = ""
-            if plain and row["optimiser"] != "sgd":
-                ratio = float(row["seconds"]) / float(plain["seconds"])
+            least, over = plain_of(row, rates), ""
+            if least and least is not row:
+                ratio = float(row["seconds"]) / float(least["seconds"])
                 over = f"{ratio - 1:+.0%}"
             what = f"input, {row.get('workers')} workers"
             if row["kind"] == "step":
-                what = f"step, {row['model']}, `{row['optimiser']}` {row['method']}"
-                what += f", {row['dtype']}, {row['devices']} devices"
+                what = f"step, {row['model']} {row.get('projector', '')}, "
+                what += f"`{row['optimiser']}` {row['method']}, {row['dtype']}, "
+                what += f"{row['devices']} devices"
             cells = row.get("data") or "noise", row["image_size"], row["batch_size"]
             speed = float(row["images_per_s"]), 1e3 * float(row["seconds"])
             texts = *cells, *(f"{x:.4g}" for x in speed), over
@@ -154,14 +181,14 @@ def steps_of(rates: Sequence[Row]) -> list[Row]:
     return [row for row in rates if row["kind"] == "step"]
 
 
-def sgd_of(row: Row, rates: Sequence[Row]) -> Row | None:
-    """Return SGD's row for the same network, batch and device as another one's."""
+def plain_of(row: Row, rates: Sequence[Row]) -> Row | None:
+    """Return the row of SGD, or LARS, for the same network, batch and device."""
     if row["kind"] != "step":
         return None
-    same = "kind", "model", "dtype", "image_size", "batch_size", "devices"
+    same = "model", "projector", "dtype", "image_size", "batch_size", "devices"
     for other in steps_of(rates):
-        equal = all(other[name] == row[name] for name in (*same, *tables.DEVICE))
-        if equal and other["optimiser"] == "sgd":
+        equal = all(other.get(x) == row.get(x) for x in (*same, *tables.DEVICE))
+        if equal and other["optimiser"] in ("sgd", "lars"):
             return other
     return None
 
@@ -172,23 +199,20 @@ def full_table(rows: Sequence[Row], rates: Sequence[Row]) -> str:
     for paper, settings in FULL:
         config = Imagenet(**settings)
         name = "-".join(settings[k] for k in sorted(settings, reverse=True))
-        words = " ".join(f"--{k} {x}" for k, x in settings.items())
-        command = (
-            f"`python -m examples.train imagenet --data-dir DIR {words} --output "
-            f"runs/imagenet/{name} --results examples/results/imagenet.csv`"
-        )
-        wanted = key(config, _Whole())
+        where = f"--output runs/imagenet/{name} --results {FILE}"
+        wanted = key(config, Whole())
         known = [k for k in KEY if k not in ("seed", "images")]
         ours = [row for row in rows if all(row[k] == wanted[k] for k in known)]
         found = NOT_YET
         if ours:
             found = spread(100 * numbers(ours, "validation_accuracy"), 1)
         costs = "; ".join(estimates(config, rates)) or "no rate measured"
-        body.append([command, paper, found, str(len(ours)), costs])
+        told = run_command(wanted, "DIR", where)
+        body.append([told, paper, found, str(len(ours)), costs])
     return tables.markdown(["", "paper, %", "top-1, %", "n", "estimate"], body)
 
 
-class _Whole:
+class Whole:
     """ImageNet, of which no image is needed to tell a run."""
 
     classes = 1000
@@ -197,15 +221,18 @@ class _Whole:
         return IMAGES
 
 
-def estimates(config: Imagenet, rates: Sequence[Row]) -> Iterator[str]:
+MEASURED = ("model", "optimiser", "method", "image_size")
+
+
+def estimates(
+    config: Streamed, rates: Sequence[Row], names: Sequence[str] = MEASURED
+) -> Iterator[str]:
     """Yield what the steps of a training would take on each device with a rate."""
     steps = config.epochs * (IMAGES // config.batch_size)
+    wanted = key(config, Whole(), names)
     for row in steps_of(rates):
-        plain = sgd_of(row, rates)
-        method = config.method if config.takes_method else ""
-        shown = config.model, config.optimiser, method, str(config.image_size)
-        found = [row[k] for k in ("model", "optimiser", "method", "image_size")]
-        if plain is None or tuple(found) != shown:
+        plain = plain_of(row, rates)
+        if plain is None or any(row[name] != wanted[name] for name in names):
             continue
         passes = float(plain["seconds"]) * config.batch_size / int(row["batch_size"])
         rest = float(row["seconds"]) - float(plain["seconds"])

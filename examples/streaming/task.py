@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -22,6 +23,7 @@ from examples.data.records import Records
 from examples.models import IMAGENET
 from examples.streaming.imagenet import Imagenet
 from examples.streaming.program import Sums, Task
+from examples.streaming.settings import Streamed
 from examples.training.optimisers import make_optimiser
 
 
@@ -81,11 +83,22 @@ def _sums(logits: jax.Array, losses: jax.Array, batch: dict[str, jax.Array]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The batches of the settings, for `examples.streaming.training.train`."""
+    """The batches of the settings, for `examples.streaming.training.train`.
 
-    config: Imagenet
+    Attributes:
+      config: the settings.
+      epochs: how many passes over the training images.
+      train: the training images.
+      held: the validation images.
+      view: what a training image is cut into, given it, a generator of random numbers
+        and `size`.
+    """
+
+    config: Streamed
+    epochs: int
     train: Records
     held: Records
+    view: Callable[..., np.ndarray] = random_view
 
     @property
     def reading(self) -> Reading:
@@ -101,13 +114,12 @@ class Images:
 
     def training(self, first: int) -> Generator[Batch, None, None]:
         """Yield the batches of all epochs, from a number on."""
-        config = self.config
         return training_batches(
             self.train,
-            functools.partial(random_view, size=config.image_size),
+            functools.partial(self.view, size=self.config.image_size),
             self.reading,
-            seed=config.seed,
-            epochs=config.epochs,
+            seed=self.config.seed,
+            epochs=self.epochs,
             first=first,
         )
 

@@ -21,8 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from examples.data.imagenet import Batch, UnreadableImageError
+from examples.data.records import Records
 from examples.streaming.log import Log, means
 from examples.streaming.program import Program, State, Sums, Task, make_program, place
+from examples.streaming.settings import Streamed
 from examples.training.checkpoints import Training
 
 
@@ -80,12 +82,47 @@ class Plan:
         return self.is_due(number) or number % self.log_steps == 0
 
 
+def make_plan(
+    config: Streamed,
+    records: Records,
+    steps: int,
+    merit: Callable[[Mapping[str, float]], float],
+) -> Plan:
+    """Return the plan of the settings, given how many steps make an epoch."""
+    return Plan(
+        config.rates(steps),
+        steps,
+        config.seed,
+        config.identity(records),
+        config.output,
+        merit,
+        config.checkpoint_steps,
+        config.keep,
+        config.log_steps,
+        config.profile_steps,
+    )
+
+
 class DivergedError(ValueError):
     """What is evaluated is no longer a number."""
 
 
-def train(task: Task, data: Data, plan: Plan, mesh: jax.sharding.Mesh) -> State:
+def train(
+    task: Task,
+    data: Data,
+    plan: Plan,
+    mesh: jax.sharding.Mesh,
+    begin: Callable[[State], State] = lambda state: state,
+) -> State:
     """Train, from the last checkpoint on if there is one; return the last state.
+
+    Args:
+      task: what is learned.
+      data: from what.
+      plan: for how long.
+      mesh: on which devices.
+      begin: returns the state to begin with, given the one that the task makes; it is
+        not asked where there is a checkpoint.
 
     Raises:
       ValueError: if the checkpoint is of another training.
@@ -98,7 +135,7 @@ def train(task: Task, data: Data, plan: Plan, mesh: jax.sharding.Mesh) -> State:
     with Training(folder, plan.identity, plan.keep) as saved:
         found = saved.restored(program.state)
         if found is None:
-            found = 0, program.initialise(jax.random.key(plan.seed))
+            found = 0, begin(program.initialise(jax.random.key(plan.seed)))
         number, state = found
         with (
             Log(plan.output, number, len(plan.rates), plan.steps) as log,

@@ -149,6 +149,9 @@ class Training:
         tree: Any,
         more: Mapping[str, Any],
     ) -> None:
+        # Several processes meet under one name while one writes: never both at once.
+        for other in (self._last, self._best):
+            other.wait_until_finished()
         about = {"identity": self._identity, **more}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.leaves(tree)),

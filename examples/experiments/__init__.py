@@ -1,1 +1,1 @@
-"""The experiments of the other three papers, one folder each."""
+"""The experiments of the other three papers, and language models: a folder each."""

@@ -363,9 +363,8 @@ def one_device():
     return (params, statistics), losses
 
 
-@pytest.mark.parametrize(
-    "shape", [(8, 1), pytest.param((2, 4), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 1), (2, 4)])
 def test_ten_steps_on_eight_devices_are_those_of_one(shape):
     mesh, program = make_mesh(shape), program_of(settings(), shape)
     state, losses = program.initialise(jax.random.key(0)), []

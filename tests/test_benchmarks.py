@@ -674,6 +674,7 @@ def test_everything_can_be_imported_with_jax_optax_and_flax_alone():
     assert done.stdout.endswith("counting: 2 of 2, 2\n[1, 2]\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_the_cost_of_several_tasks(tmp_path):
     text = page(tmp_path)
     paths = ["--results", str(tmp_path), "--readme", str(text)]

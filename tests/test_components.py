@@ -49,7 +49,7 @@ def test_fold_puts_every_entry_where_the_definition_says():
         assert found == x[r0, batch, r1, column]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 @given(st.data())
 def test_fold_round_trip_for_any_axes(data):
     ndim = data.draw(st.integers(2, 5))

@@ -566,7 +566,9 @@ def update(x, **kwargs):
     return nn.update_decorrelation(STATE, x, nn.Polar(), **kwargs)
 
 
-@pytest.mark.parametrize("name", ["Lateral(0.1)", "Polar()"])
+@pytest.mark.parametrize(
+    "name", ["Lateral(0.1)", pytest.param("Polar()", marks=pytest.mark.slow)]
+)
 def test_several_layers_under_vmap_do_not_deadlock(name):
     program = f"""
 import jax

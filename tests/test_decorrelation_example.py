@@ -320,7 +320,10 @@ def gradients_of(model, x):
     return of
 
 
-@pytest.mark.parametrize(("model", "rule"), CASES)
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [*CASES[:3], pytest.param(*CASES[3], marks=pytest.mark.slow)],
+)
 def test_feedback_that_is_the_weight_is_backpropagation(model, rule):
     made = learnt(model, rule)
     aligned, x = aligned_of(made), images(model)
@@ -402,7 +405,10 @@ def test_feedback_is_no_parameter():
 # --------------------------------------------------------------- node perturbation
 
 
-@pytest.mark.parametrize(("model", "rule"), CASES[:3])
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [CASES[0], CASES[2], pytest.param(*CASES[1], marks=pytest.mark.slow)],
+)
 def test_node_perturbation_is_the_gradient_in_the_mean(model, rule):
     made, x, labels = learnt(model, rule), images(model, 4), jnp.arange(4) % 3
     # The batch mean carries one image's noise to another; the running one does not.

@@ -102,6 +102,7 @@ def test_contract_on_a_long_side_of_2048_and_on_complex_matrices(name):
         check_contract(*per_direction(x, dwh(x, DWH())))
 
 
+@pytest.mark.slow
 def test_contract_on_a_short_side_of_2048():
     """A cosine transform for singular vectors: no decomposition of this size.
 
@@ -193,7 +194,11 @@ def inverted_by_a_step(m, values, dtype):
 @pytest.mark.parametrize(
     ("m", "dtype"),
     [(m, "float32") for m in (1, 2, 95, 96, 97, 192, 193, 300, 512)]
-    + [(m, t) for m in (2, 97, 193) for t in ("float64", "complex64", "complex128")],
+    + [(m, t) for m in (2, 97) for t in ("float64", "complex64", "complex128")]
+    + [
+        pytest.param(193, t, marks=pytest.mark.slow)
+        for t in ("float64", "complex64", "complex128")
+    ],
 )
 def test_inverse_against_numpy(m, dtype, x64):
     invert = jax.jit(positive_definite_inverse)

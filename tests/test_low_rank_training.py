@@ -738,7 +738,9 @@ def trained_on_one():
     return trained_on_devices(ON_DEVICES, GOAL)
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "kind", ["Auto", pytest.param("Explicit", marks=pytest.mark.slow)]
+)
 def test_sharded_weights(kind):
     kind = getattr(jax.sharding.AxisType, kind)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))

@@ -410,7 +410,11 @@ def test_lowers_for_other_platforms(method):
     ("call", "methods"),
     [
         ("f(x, m)", "polar.SVD(), polar.QDWH(), polar.GramEigh(), polar.Auto()"),
-        ("jax.vmap(lambda x: f(x, m))(x)", "polar.QDWH(), polar.GramEigh()"),
+        pytest.param(  # the default is under vmap in tests/test_dwh.py
+            "jax.vmap(lambda x: f(x, m))(x)",
+            "polar.QDWH(), polar.GramEigh()",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "jax.grad(lambda x: f(x, m)[0, :3].sum())(x)",
             "polar.Auto()",

@@ -114,8 +114,8 @@ def be_killed(optimiser, folder):
 @pytest.mark.parametrize(
     "optimiser",
     [
-        "orthogonal_sgd",
-        pytest.param("sgd", marks=pytest.mark.slow),
+        "sgd",
+        pytest.param("orthogonal_sgd", marks=pytest.mark.slow),
         pytest.param("adam", marks=pytest.mark.slow),
     ],
 )
@@ -629,7 +629,10 @@ def traced_in_linear_time(monkeypatch):
 
 
 # The largest of a kind take half a minute each.
-LARGE = ("densenet121", "densenet161", "resnext50_32x4d", "wide_resnet50_2")
+LARGE = (
+    *("densenet121", "densenet161", "resnet34", "resnet44", "resnet50"),
+    *("resnext50_32x4d", "wide_resnet50_2"),
+)
 EACH = [
     pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
     for name in CLASSIFIERS

@@ -29,6 +29,12 @@ FULL = (
     ("", {"optimiser": "orthogonal_sgd", "model": "vit_s16"}),
 )
 
+# What to run on a GPU before that.
+TIMED = ("resnet34", "resnet50")
+TINY = {"model": "resnet18", "epochs": 30, "image_size": 64, "resize": 64}
+TINY |= {"batch_size": 256}
+SEEDS = 3
+
 _PAGE = """\
 # ImageNet
 
@@ -47,6 +53,10 @@ error of n runs. Nothing was tuned. Killed, a command goes on where it was.
 {how}
 
 {rates}
+
+## On a GPU
+
+{gpu}
 
 ## All of ImageNet
 
@@ -73,6 +83,7 @@ def page(rows: Sequence[Row], rates: Sequence[Row]) -> str:
         runs=run_table(rows) or NOT_YET,
         how=HOW.format(plain="SGD"),
         rates=rate_tables(rates, "SGD") or NOT_YET,
+        gpu=gpu_table(rows, rates),
         cost=COST.format(plain="SGD"),
         full=full_table(rows, rates),
     )
@@ -174,6 +185,32 @@ def rate_tables(rates: Sequence[Row], plain: str) -> str:
         return tables.markdown(header, body)
 
     return tables.by_device(rates, table)
+
+
+def gpu_table(rows: Sequence[Row], rates: Sequence[Row]) -> str:
+    """Return what there is to run on a GPU, and what it showed."""
+    body = []
+    for model in TIMED:
+        timed = [
+            f"{row['optimiser']} {float(row['images_per_s']):.4g} images/s"
+            for row in steps_of(rates)
+            if (row["platform"], row["model"]) == ("gpu", model)
+        ]
+        told = f"`python -m examples.streaming.rates step --model {model}`"
+        body.append([told, "; ".join(timed) or NOT_YET])
+    for optimiser in ("sgd", "orthogonal_sgd"):
+        wanted = key(Imagenet(optimiser=optimiser, **TINY), Whole())
+        known = [k for k in KEY if k not in ("seed", "images", "classes")]
+        ours = [row for row in rows if all(row[k] == wanted[k] for k in known)]
+        found = NOT_YET
+        if ours:
+            accuracy = spread(100 * numbers(ours, "validation_accuracy"), 1)
+            found = f"top-1 {accuracy} %, n = {len(ours)}"
+        seeds = ", ".join(map(str, range(SEEDS)))
+        where = f"--output runs/imagenet/tiny-{optimiser}-SEED --results {FILE}"
+        told = run_command(wanted, "TREE", f"{where} --seed SEED")
+        body.append([f"{told}, Tiny-ImageNet, for SEED in {seeds}", found])
+    return tables.markdown(["", "measured"], body)
 
 
 def steps_of(rates: Sequence[Row]) -> list[Row]:

@@ -4,6 +4,7 @@
 table of bars a list-table; examples are left as they are.
 """
 
+import functools
 import importlib
 import inspect
 import re
@@ -19,6 +20,7 @@ _PIECE = re.compile(r"`([^`]+)`(\w?)|\$([^$]+)\$|(?<!\*)(\*)(?!\*)|(\|)")
 _NAME = re.compile(r"(?:orthax\.)?((?:\w+\.)?\w+)(?:\(.*\))?", re.DOTALL)
 
 
+@functools.cache
 def public_names() -> dict[str, Any]:
     """Return every public name, `"polar.Auto"`, and what it is called by."""
     found = {}

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import tables
-
-RESULTS = Path(__file__).parents[2] / "examples" / "results"
+from examples.training.report import RESULTS
 
 
 class Source(NamedTuple):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from docs.generators import learning_rates, pictures
 from examples import readme
+from examples.training.report import RESULTS
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "examples" / "results"
 NOTEBOOKS = ROOT / "examples" / "notebooks"
 GENERATED = ROOT / "docs" / "_generated"
 # What a copy is called where its file's name says too little.

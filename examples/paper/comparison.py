@@ -14,16 +14,16 @@ from examples.paper.probes import PROBES, draw as draw_probe, read as read_probe
 from examples.paper.studies import STUDIES, Cell, Published, Study
 from examples.training.report import (
     CURVES,
+    NOT_YET,
     Results,
     Row,
     curve,
+    draw_curves,
     gather,
-    mean_and_error,
     spread,
 )
 from examples.training.supervised import Run
 
-NOT_YET = "not yet run"
 # What may differ between the rows of a cell: they are told apart by these.
 _BESIDE = ("seed", "dtype", "norm_groups")
 _SETTINGS = (
@@ -314,13 +314,9 @@ def _draw(found: Sequence[tuple[Cell, Sequence[Row]]], path: Path) -> None:
     for axis, name in zip(axes, CURVES, strict=True):
         for number, (cell, group) in enumerate(found):
             curves = np.array([curve(row, name) for row in group])
-            mean, error = mean_and_error(curves)
-            x = np.arange(1, len(mean) + 1)
             label = ", ".join(filter(None, _heading(cell)[1:])).replace("`", "")
-            axis.plot(x, mean, color=f"C{number}", label=f"{label} (n = {len(group)})")
-            axis.fill_between(
-                x, mean - error, mean + error, color=f"C{number}", alpha=0.2
-            )
+            label = f"{label} (n = {len(group)})"
+            draw_curves(axis, curves, color=f"C{number}", label=label)
         axis.set(title=name.replace("_", " "))
         axis.grid(alpha=0.3)
         if name.endswith("loss"):

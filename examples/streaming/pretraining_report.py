@@ -17,16 +17,17 @@ from examples.streaming.report import (
     COST,
     HOW,
     MEASURED,
-    NOT_YET,
     Whole,
     arms,
     command,
     estimates,
+    like,
     numbers,
     rate_tables,
+    smaller,
 )
 from examples.streaming.results import PRETRAINING_KEY, key
-from examples.training.report import RESULTS, Row, curve, mean_and_error, spread
+from examples.training.report import NOT_YET, RESULTS, Row, curve, draw_curves, spread
 
 # What the paper trains, with its exact U V^T, and what else there is to run.
 FULL = (
@@ -86,11 +87,6 @@ def page(rows: Sequence[Row], rates: Sequence[Row]) -> str:
     )
 
 
-def smaller(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of runs on smaller sets than ImageNet."""
-    return [row for row in rows if row["classes"] != "1000"]
-
-
 def run_command(row: Row, data: str, more: str = "") -> str:
     """Return the command of a run."""
     usual = Pretraining(optimiser=row["optimiser"])
@@ -141,8 +137,7 @@ def full_table(rows: Sequence[Row], rates: Sequence[Row]) -> str:
     for settings in FULL:
         config = Pretraining(**settings)
         wanted = key(config, Whole(), PRETRAINING_KEY)
-        known = [k for k in PRETRAINING_KEY if k not in ("seed", "images")]
-        ours = [row for row in rows if all(row[k] == wanted[k] for k in known)]
+        ours = like(rows, wanted, but=("seed", "images"))
         probed = [row for row in ours if row["probe_accuracy"]]
         name = "-".join(settings.values())
         where = f"--output runs/barlow_twins/{name} --results {FILE}"
@@ -170,11 +165,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         epochs = int(row["epochs"])
         for axis, name in ((left, "loss"), (right, "validation_loss")):
             curves = np.array([curve(member, name) for member in group])
-            mean, error = mean_and_error(curves)
-            x = np.arange(1, len(mean) + 1) * epochs / len(mean)
-            axis.plot(x, mean, marker=".", color=f"C{i}", label=label)
-            low, high = mean - error, mean + error
-            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+            points = curves.shape[1]
+            x = np.arange(1, points + 1) * epochs / points
+            draw_curves(axis, curves, x, marker=".", color=f"C{i}", label=label)
     left.set(xlabel="epoch", title="training loss")
     right.set(xlabel="epoch", title="loss on validation images")
     for axis in (left, right):

@@ -14,9 +14,8 @@ from benchmarks import tables
 from examples.streaming.imagenet import Imagenet
 from examples.streaming.results import KEY, Rows, key
 from examples.streaming.settings import Streamed
-from examples.training.report import RESULTS, Row, curve, mean_and_error, spread
+from examples.training.report import NOT_YET, RESULTS, Row, curve, draw_curves, spread
 
-NOT_YET = "not yet run"
 FILE = "examples/results/imagenet.csv"
 IMAGES = 1_281_167  # of ImageNet's training split
 # What the paper reports (arXiv 2202.07052, Section 3), and what else there is to run.
@@ -100,6 +99,17 @@ def arms(
         yield group[0], group
 
 
+def smaller(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of runs on smaller sets than ImageNet."""
+    return [row for row in rows if row["classes"] != "1000"]
+
+
+def like(rows: Sequence[Row], wanted: Row, *, but: Sequence[str]) -> list[Row]:
+    """Return the rows that are as wanted, but for some of its columns."""
+    known = {name: value for name, value in wanted.items() if name not in but}
+    return [row for row in rows if known.items() <= row.items()]
+
+
 def numbers(group: Sequence[Row], name: str) -> np.ndarray:
     """Return a column of some rows."""
     return np.array([float(row[name]) for row in group])
@@ -134,8 +144,8 @@ def run_command(row: Row, data: str, more: str = "") -> str:
 
 def run_table(rows: Sequence[Row]) -> str:
     """Return the table of the runs on smaller sets than ImageNet, and their figure."""
-    body, small = [], [row for row in rows if row["classes"] != "1000"]
-    for row, group in arms(small):
+    body = []
+    for row, group in arms(smaller(rows)):
         accuracy = (
             100 * numbers(group, f"validation_{k}") for k in ("accuracy", "top5")
         )
@@ -200,8 +210,7 @@ def gpu_table(rows: Sequence[Row], rates: Sequence[Row]) -> str:
         body.append([told, "; ".join(timed) or NOT_YET])
     for optimiser in ("sgd", "orthogonal_sgd"):
         wanted = key(Imagenet(optimiser=optimiser, **TINY), Whole())
-        known = [k for k in KEY if k not in ("seed", "images", "classes")]
-        ours = [row for row in rows if all(row[k] == wanted[k] for k in known)]
+        ours = like(rows, wanted, but=("seed", "images", "classes"))
         found = NOT_YET
         if ours:
             accuracy = spread(100 * numbers(ours, "validation_accuracy"), 1)
@@ -238,8 +247,7 @@ def full_table(rows: Sequence[Row], rates: Sequence[Row]) -> str:
         name = "-".join(settings[k] for k in sorted(settings, reverse=True))
         where = f"--output runs/imagenet/{name} --results {FILE}"
         wanted = key(config, Whole())
-        known = [k for k in KEY if k not in ("seed", "images")]
-        ours = [row for row in rows if all(row[k] == wanted[k] for k in known)]
+        ours = like(rows, wanted, but=("seed", "images"))
         found = NOT_YET
         if ours:
             found = spread(100 * numbers(ours, "validation_accuracy"), 1)
@@ -285,16 +293,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     names = "train_loss", "validation_accuracy"
-    small = [row for row in rows if row["classes"] != "1000"]
-    for i, (row, group) in enumerate(arms(small)):
+    for i, (row, group) in enumerate(arms(smaller(rows))):
         label = f"{row['model']}, {row['optimiser']} {row['method']}"
         for axis, name in zip(panels, names, strict=True):
             curves = np.array([curve(member, name) for member in group])
-            mean, error = mean_and_error(curves)
-            x = np.arange(1, len(mean) + 1)
-            axis.plot(x, mean, marker=".", color=f"C{i}", label=label)
-            low, high = mean - error, mean + error
-            axis.fill_between(x, low, high, color=f"C{i}", alpha=0.2, linewidth=0)
+            draw_curves(axis, curves, marker=".", color=f"C{i}", label=label)
     for axis, name in zip(panels, names, strict=True):
         axis.set(xlabel="epoch", title=name.replace("_", " "))
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -308,7 +311,7 @@ def main() -> None:
     rows = Rows(RESULTS / "imagenet.csv").rows()
     rates = tables.read(RESULTS / "imagenet_rates.csv")
     (RESULTS / "imagenet.md").write_text(page(rows, rates))
-    if any(row["classes"] != "1000" for row in rows):
+    if smaller(rows):
         plot(rows, RESULTS / "imagenet.png")
 
 

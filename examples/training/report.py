@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax
 import jax
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 import orthax
 
 RESULTS = Path(__file__).parents[1] / "results"  # what is committed
+NOT_YET = "not yet run"
 
 EPOCHS_SHOWN = (1, 3, 5, 10, 20, 50)
 CURVES = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
@@ -223,6 +224,24 @@ def mean_and_error(curves: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, curves.std(0, ddof=1) / math.sqrt(runs) if runs > 1 else 0.0 * mean
 
 
+def draw_curves(
+    axis: Axes, curves: np.ndarray, x: np.ndarray | None = None, **style: Any
+) -> None:
+    """Draw the mean of curves, `(runs, points)`, and a band of one standard error.
+
+    Args:
+      axis: where.
+      curves: one a run.
+      x: of the points; by default they are counted from one.
+      **style: of the mean, as for `Axes.plot`; the band has its colour.
+    """
+    mean, error = mean_and_error(curves)
+    x = np.arange(1, len(mean) + 1) if x is None else x
+    (line,) = axis.plot(x, mean, **style)
+    low, high, colour = mean - error, mean + error, line.get_color()
+    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
 def spread(values: np.ndarray, digits: int = 3) -> str:
     """Return the mean and its standard error, or how many runs diverged."""
     if lost := int(np.isnan(values).sum()):
@@ -283,12 +302,9 @@ def plot(arms: Sequence[Arm], title: str, path: Path) -> None:
 
 def _draw(axis: Axes, arm: Arm, colour: str) -> None:
     """Draw the curve of one arm with its band; a diverged seed ends the curve."""
-    mean, error = mean_and_error(arm.curves)
-    x = np.arange(1, len(mean) + 1)
     label = f"{arm.optimiser}, rate {arm.learning_rate:g} (test {spread(arm.tests)})"
-    axis.plot(x, mean, color=colour, marker="o", markersize=3, label=label)
-    low, high = (mean - error).clip(0, 1), (mean + error).clip(0, 1)
-    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    style = {"color": colour, "marker": "o", "markersize": 3, "label": label}
+    draw_curves(axis, arm.curves, **style)
 
 
 def _stretch(accuracy: np.ndarray) -> np.ndarray:

@@ -13,10 +13,17 @@ from matplotlib.figure import Figure
 from benchmarks.tables import markdown as table
 from examples.experiments.anytime.task_rules import RULES
 from examples.models.anytime import MODELS
-from examples.training.report import CIRCUMSTANCES, Results, Row, mean_and_error, spread
+from examples.training.report import (
+    CIRCUMSTANCES,
+    NOT_YET,
+    Results,
+    Row,
+    draw_curves,
+    mean_and_error,
+    spread,
+)
 
 INDEPENDENT = "independent"
-NOT_YET = "not yet run"
 # The columns that tell one run from another; those of _ARM may differ in one table.
 _ARM = ("model", "rule", "exit", "learning_rate", "chosen", "seed")
 _SHARED = (
@@ -305,10 +312,8 @@ def _draw_accuracy(axis: Axes, rows: Sequence[Row], model: str) -> None:
 def _draw_cosines(axis: Axes, rows: Sequence[Row]) -> None:
     cosines = numbers(rows, "cosines")
     for pair, name in enumerate(_names(int(rows[0]["stages"]))):
-        mean, error = mean_and_error(cosines[:, :, pair])
-        x = np.arange(1, len(mean) + 1)
-        axis.plot(x, mean, color=f"C{pair}", label=f"exits {name}")
-        axis.fill_between(x, mean - error, mean + error, color=f"C{pair}", alpha=0.2)
+        style = {"color": f"C{pair}", "label": f"exits {name}"}
+        draw_curves(axis, cosines[:, :, pair], **style)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(xlabel="epoch", ylim=(-1, 1))
     axis.grid(alpha=0.3)

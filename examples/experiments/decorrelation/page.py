@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from examples.experiments.anytime.report import NOT_YET
 from examples.experiments.decorrelation import memory, speed
 from examples.experiments.decorrelation.report import Rows, draw, groups, section
-from examples.training.report import Row
+from examples.training.report import NOT_YET, Row
 
 _HEAD = """\
 # Decorrelation: layers whose inputs are kept uncorrelated

@@ -9,13 +9,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.tables import markdown as table
-from examples.experiments.anytime.report import NOT_YET, select
+from examples.experiments.anytime.report import select
 from examples.experiments.decorrelation.rules import NAMES, WITHOUT_RATE
 from examples.training.report import (
     CIRCUMSTANCES,
+    NOT_YET,
     Results,
     Row,
     curve,
+    draw_curves,
     mean_and_error,
     spread,
 )
@@ -276,11 +278,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _draw(axis: Axes, curves: np.ndarray, rule: str) -> None:
-    mean, error = mean_and_error(curves)
-    x = np.arange(1, len(mean) + 1)
     number = NAMES.index(rule)
     black = {"nothing": "dimgrey", "mean": "black"}
     style = {"color": black.get(rule, f"C{number - 2}")}
-    axis.plot(x, mean, label=rule, linestyle="--" if rule in black else "-", **style)
-    axis.fill_between(x, mean - error, mean + error, alpha=0.2, linewidth=0, **style)
+    style["linestyle"] = "--" if rule in black else "-"
+    draw_curves(axis, curves, label=rule, **style)
     axis.grid(alpha=0.3)

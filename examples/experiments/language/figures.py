@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from examples.experiments.language import speed
 from examples.experiments.language.arms import ATTENTION, BASELINE
 from examples.experiments.language.report import TUNED, arms, of_arm
-from examples.training.report import Row, curve, mean_and_error
+from examples.training.report import Row, curve, draw_curves
 
 _BASE = {"optimiser": BASELINE, "attention": "", "method": ""}
 _STYLES = dict(zip(ATTENTION, ("-", "--", ":"), strict=True))
@@ -35,11 +35,11 @@ def draw(rows: Sequence[Row], clock: Sequence[dict[str, str]], path: Path) -> No
         steps = int(found[0]["steps"]) * np.arange(1, losses.shape[1] + 1)
         colour = colours.setdefault(arm[0], f"C{len(colours)}")
         style = {"color": colour, "linestyle": _STYLES.get(arm[1], "-")}
-        label = " ".join(arm).strip()
-        _curve(by_step, steps, losses, label, style)
+        style |= {"label": " ".join(arm).strip(), "linewidth": 1.3}
+        draw_curves(by_step, losses, steps, **style)
         seconds = _seconds(clock, found[0])
         if seconds:
-            _curve(by_time, steps * seconds, losses, label, style)
+            draw_curves(by_time, losses, steps * seconds, **style)
     by_step.set(xlabel="step", ylabel="validation loss, nats a token")
     by_time.set(xlabel="seconds of training, by AdamW's median step")
     by_step.legend(fontsize="small")
@@ -61,15 +61,6 @@ def _seconds(clock: Sequence[dict[str, str]], row: Row) -> float:
     if not own.get("ratio") or not base:
         return 0.0
     return float(own["ratio"]) * float(base["seconds"])
-
-
-def _curve(
-    axis: Axes, x: np.ndarray, losses: np.ndarray, label: str, style: dict[str, str]
-) -> None:
-    mean, error = mean_and_error(losses)
-    axis.plot(x, mean, label=label, linewidth=1.3, **style)
-    low, high = mean - error, mean + error
-    axis.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def _zoom(axis: Axes, rows: Sequence[Row]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from jax.scipy.special import betainc
 
 from benchmarks.tables import markdown as table
-from examples.experiments.anytime.report import NOT_YET, select
+from examples.experiments.anytime.report import select
 from examples.experiments.language import speed
 from examples.experiments.language.arms import ATTENTION, BASELINE
 from examples.experiments.language.figures import draw
@@ -25,7 +25,7 @@ from examples.experiments.language.report import (
     reached,
     values,
 )
-from examples.training.report import Row, spread
+from examples.training.report import NOT_YET, Row, spread
 
 _LOSS = "validation_loss"
 _PROGRAM = "python -m examples.train_lm"

@@ -13,7 +13,6 @@ from matplotlib.ticker import LogFormatter
 
 from benchmarks.tables import markdown as table
 from examples.experiments.low_rank.report import (
-    NOT_YET,
     Arm,
     arms_of,
     comparison,
@@ -29,7 +28,14 @@ from examples.experiments.low_rank.report import (
     title,
     write_page,
 )
-from examples.training.report import Row, curve, mean_and_error, spread
+from examples.training.report import (
+    NOT_YET,
+    Row,
+    curve,
+    draw_curves,
+    mean_and_error,
+    spread,
+)
 
 _HEAD = """\
 # OIALR: low rank in bases that have settled
@@ -184,10 +190,9 @@ def _draw_stability(
     x = int(rows[0]["frequency"]) * np.arange(1, looks.shape[1] + 1)
     names = found[0]["matrices"].split()
     for k, name in enumerate(names):
-        mean, error = mean_and_error(looks[:, :, k])
         shade = f"C{k % 10}" if len(names) <= 10 else f"{0.2 + 0.6 * k / len(names)}"
-        axis.plot(x, mean, color=shade, label=name if len(names) <= 10 else None)
-        axis.fill_between(x, mean - error, mean + error, color=shade, alpha=0.2)
+        label = name if len(names) <= 10 else None
+        draw_curves(axis, looks[:, :, k], x, color=shade, label=label)
     ours = [arm for arm in arms if arm[1] == "oialr" and arm[0] == full[0]]
     for number, arm in enumerate(ours):
         mean = np.nanmean(stability(select(rows, arm)), axis=(0, 2))

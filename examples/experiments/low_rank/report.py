@@ -9,7 +9,6 @@ import numpy as np
 from benchmarks.tables import markdown as table
 from examples.training.report import CIRCUMSTANCES, Results, Row, curve, spread
 
-NOT_YET = "not yet run"
 # The columns that tell one run from another; those of _ARM may differ in one table.
 _ARM = (
     "optimiser",

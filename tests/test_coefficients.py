@@ -9,6 +9,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 from orthax import polar
+from orthax.polar._coefficients import minimax
 
 
 def compose(table, x):
@@ -70,6 +71,19 @@ def test_each_row_equioscillates(steps):
         assert (np.diff(np.sign(touching)) != 0).sum() == 3
         low = compose([row], low)
         high = 2 - low
+
+
+@pytest.mark.parametrize("length", [3, 4, 5, 6])
+@pytest.mark.parametrize("low", [1e-2, 0.5, 0.81, 0.99])
+def test_minimax_polynomials_of_any_degree_equioscillate(low, length):
+    row = minimax(low, 1.0, length)
+    x = np.linspace(low, 1, 400_001)
+    error = 1 - compose([row], x)
+    bound = np.abs(error).max()
+    if bound > 1e-9:  # below, rounding of the coefficients decides
+        touching = error[np.abs(error) > bound * (1 - 1e-4)]
+        assert (np.diff(np.sign(touching)) != 0).sum() == length
+    assert bound < (1 - low) ** length
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ from matrices import factor, gaussian, to_double, with_spectrum
 import orthax
 from orthax import components, polar
 from orthax.polar._decompose import positive_definite_inverse
-from orthax.polar._dwh import _weights
+from orthax.polar._dwh import _polish, _weights
+from orthax.polar._method import gram
 
 DWH = polar.DWH
 # Compiled once for every method and shape, whichever test comes first.
@@ -87,6 +88,32 @@ def test_weights_are_optimal_for_their_interval():
         assert np.isclose(y[peak], 1, rtol=1e-8)
         assert np.isclose(y[peak:].min(), w.lower, rtol=1e-8)
         low = w.lower
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("polish", [True, False])
+def test_both_plans_bring_the_interval_to_one(dtype, polish):
+    left = {True: 1e-5 if dtype == "float32" else 1e-12, False: 4e-2}[polish]
+    for plan in DWH(polish=polish)._plans(dtype):
+        x = np.geomspace(1e-3, 1, 100_001)
+        for w in plan:
+            x = x * (w.a + w.b * x**2) / (1 + w.c * x**2)
+            assert np.isclose(x.min(), w.lower, rtol=1e-9)
+        if polish:
+            row = _polish(plan[-1].lower)
+            x = sum(a * x ** (2 * k + 1) for k, a in enumerate(row))
+        assert np.abs(x - 1).max() < left
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("long", [9, 128, 129, 500, 1009])
+def test_gram_matrix_in_parts_is_the_gram_matrix(long, dtype):
+    """Also where parts do not divide the long side, as they do not a prime."""
+    x = np.stack([gaussian(long, 7, seed=i, complex_="c" in dtype) for i in range(3)])
+    x = x.astype(dtype)
+    expected = to_double(x).mT.conj() @ to_double(x)
+    for found in (gram(x, rows=128), gram(x.mT, rows=128).mT):
+        assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (96, 96), (200, 97), (200, 200)], ids=str)

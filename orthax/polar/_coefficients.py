@@ -126,7 +126,7 @@ def polar_express(
 def _compose(lower: float, steps: int | None, safety: float, cushion: float) -> Table:
     low, high, rows = lower, 1.0, []
     for count in range(1, (steps or _MOST_STEPS) + 1):
-        a, b, c = _minimax(max(low, cushion * high), high)
+        a, b, c = minimax(max(low, cushion * high), high)
         if low < cushion * high:
             # Fitted on a shorter interval: recentre on the one that there is.
             centre = (_value((a, b, c), low) + _value((a, b, c), high)) / 2
@@ -149,24 +149,28 @@ def _value(row: Row, x: float) -> float:
     return sum(c * x ** (2 * k + 1) for k, c in enumerate(row))
 
 
-def _minimax(low: float, high: float) -> Row:
-    """Return the odd quintic nearest to one on `[low, high]` in the maximum norm."""
+def minimax(low: float, high: float, length: int = 3) -> Row:
+    """Return the odd polynomial nearest to one on `[low, high]` in the maximum norm.
+
+    It has `length` coefficients, at least three: degree `2 length - 1`.
+    """
+    powers = 2 * np.arange(length) + 1
     if low >= high * (1 - _NARROW):
-        return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
-    # Four points of equal and alternating error, the two inner ones exchanged for the
-    # stationary points of the polynomial until they no longer move.
-    inner = low + (high - low) * np.array([0.25, 0.75])
+        quintic = np.array(CLASSIC_QUINTIC[0]) / high ** powers[:3]
+        return (*map(float, quintic), *[0.0] * (length - 3))
+    # As many points of equal and alternating error and one more, the inner ones
+    # exchanged for the stationary points of the polynomial until they no longer move.
+    nodes = np.cos(np.pi * np.arange(length, -1, -1) / length)
+    points = low + (high - low) * (1 + nodes) / 2
     for _ in range(100):
-        points = np.array([low, *inner, high])
-        powers = np.stack([points, points**3, points**5, [1, -1, 1, -1]], axis=1)
-        a, b, c, _ = np.linalg.solve(powers, np.ones(4))
-        root = math.sqrt(9 * b * b - 20 * a * c)
-        moved = np.sqrt([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)])
-        done = np.max(np.abs(moved - inner)) < 1e-14 * high
-        inner = moved
+        system = np.c_[points[:, None] ** powers, (-1.0) ** np.arange(length + 1)]
+        row = np.linalg.solve(system, np.ones(length + 1))[:-1]
+        moved = np.sort(np.sqrt(np.roots((row * powers)[::-1]).real))
+        done = np.max(np.abs(moved - points[1:-1])) < 1e-14 * high
+        points[1:-1] = moved
         if done:
             break
-    return float(a), float(b), float(c)
+    return tuple(map(float, row))
 
 
 def table_text(table: Table) -> str:

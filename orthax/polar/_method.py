@@ -43,15 +43,41 @@ def adjoint(x: jax.Array) -> jax.Array:
     return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
 
 
-def gram(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+def gram(
+    x: jax.Array, axes: tuple[str, ...] = (), rows: int | None = None
+) -> jax.Array:
     """Return the Gram matrix of the short side of every matrix of a stack.
 
-    Where `axes` are given, that of the rows, with the columns sharded over them.
+    Where `axes` are given, that of the rows, with the columns sharded over them. Where
+    `rows` are, it is the sum of those of so many along the long side, for short sides
+    up to that: parts of one size are added with less rounding than one at a time.
     """
-    if axes:
-        return jax.lax.psum(matmul(x, adjoint(x)), axes)
-    wide = x.shape[-2] <= x.shape[-1]
-    return matmul(x, adjoint(x)) if wide else matmul(adjoint(x), x)
+    wide = bool(axes) or x.shape[-2] <= x.shape[-1]
+    short, long = x.shape[-2:] if wide else x.shape[:-3:-1]
+    if rows is not None and short <= rows < long:
+        product = _gram_in_parts(x, wide, -(-long // rows))
+    else:
+        product = matmul(x, adjoint(x)) if wide else matmul(adjoint(x), x)
+    return over(axes, jax.lax.psum, product)
+
+
+def _gram_in_parts(x: jax.Array, wide: bool, parts: int) -> jax.Array:
+    b, m, n = x.shape
+    short, long = sides(m, n)
+    # Not more parts than rows in each; a few more than asked for where they divide.
+    parts = min(parts, math.isqrt(long))
+    parts = next((p for p in range(parts, 2 * parts) if long % p == 0), parts)
+    pad = (0, -long % parts)
+    if wide:
+        x = jnp.pad(x, ((0, 0), (0, 0), pad)).reshape(b, short, parts, -1)
+        x = x.swapaxes(1, 2).reshape(b * parts, short, -1)
+        products = matmul(x, adjoint(x))
+    else:
+        x = jnp.pad(x, ((0, 0), pad, (0, 0))).reshape(b * parts, -1, short)
+        products = matmul(adjoint(x), x)
+    # A product adds them up faster than a sum does.
+    ones = jnp.ones((b, 1, parts), x.dtype)
+    return matmul(ones, products.reshape(b, parts, -1)).reshape(b, short, short)
 
 
 def times(q: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:

@@ -41,8 +41,8 @@ class NewtonSchulz:
         at restarts. Default: where it can be and where the aspect ratio is 1.5 or more,
         which is where it saves operations. It amplifies rounding, so it needs
         `precision` high or highest, no `dtype` and no `tolerance`.
-      restarts: after how many steps the Gram matrix is computed anew; default after 3,
-        6, 9 ... steps. Without, rounding errors of the Gram iteration grow.
+      restarts: after how many steps the Gram matrix is computed anew; default after 2,
+        4, 7, 10 ... steps. Without, rounding errors of the Gram iteration grow.
       dtype: round the inputs of every product to this dtype (`"bfloat16"`,
         `"float16"`); sums, and the matrix itself, stay in the dtype worked in.
       precision: `jax.lax.Precision` or its name, of every product; default the highest.
@@ -191,7 +191,9 @@ class NewtonSchulz:
     def _segments(self) -> list[Table]:
         """Return the table cut at the restarts."""
         steps = len(self.coefficients)
-        cuts = range(3, steps - 1, 3) if self.restarts is None else self.restarts
+        cuts = self.restarts
+        if cuts is None:  # the first steps amplify rounding most
+            cuts = [i for i in (2, *range(4, steps, 3)) if i < steps - 1]
         ends = [0, *cuts, steps]
         return [self.coefficients[i:j] for i, j in itertools.pairwise(ends)]
 

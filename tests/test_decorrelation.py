@@ -452,6 +452,19 @@ def test_float64_stays(x64):
     np.testing.assert_allclose(r @ sigma @ r.T, np.eye(D), atol=1e-6)
 
 
+def test_running_averages_are_in_float64(x64):
+    """A weight of a third, rounded to float32, is off by 1e-8."""
+    rule = nn.Polar(momentum=0.01)
+    state, batches = nn.init_decorrelation(D, rule, "float64"), normal(3, 20, D)
+    for x in jnp.asarray(batches):
+        state = nn.update_decorrelation(state, x, rule, momentum=0.01)
+    means = batches.mean(axis=1)
+    assert np.abs(state.mean - means.mean(0)).max() < 1e-14
+    centred = batches - means[:, None]
+    root = power(np.einsum("tni,tnj->ij", centred, centred) / 60, 0.5)
+    assert np.abs(state.transform.root - root).max() < 1e-12
+
+
 def test_nothing_is_differentiated_through_the_update():
     rule, x = nn.Scaled(0.1), single(normal(6, D))
     state = nn.init_decorrelation(D, rule)

@@ -174,7 +174,24 @@ def test_the_test_images_are_seen_once_a_final_run(tmp_path, untrained, capsys, 
     assert not seeds["grid"] & seeds["tuned"]
     # Equal accuracies: the lower loss, at the larger rate, decides.
     assert {r["learning_rate"] for r in rows if r["chosen"] == "tuned"} == {"1.0"}
-    assert "sgd is best at the highest rate of the grid" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "sgd is best at the highest rate of the grid" in printed
+    assert "A demonstration: 2 seeds a rate" in printed
+    assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
+    train.main(["digits", "--seeds", "10", "--output", str(tmp_path), *grid[:-1], "10"])
+    assert "demonstration" not in capsys.readouterr().out
+
+
+def test_another_split_has_other_test_images_and_is_another_run(tmp_path, untrained):
+    for split in ("0", "1", "1"):
+        train.main([*SHORT, "--split", split, "--output", str(tmp_path)])
+    assert [row["data"] for row in read(tmp_path)] == [
+        *["digits"] * 2,
+        *["digits, split 1"] * 2,
+    ]
+    first, second = untrained[0], untrained[-1]
+    assert len(first.labels) == len(second.labels) == 270
+    assert not np.array_equal(first.labels, second.labels)
 
 
 def test_tuning_needs_no_test_images(tmp_path, untrained, digits):

@@ -235,6 +235,16 @@ def test_a_repeated_task_adds_nothing_to_ordered_ones():
     assert far(combined(OSGD(), again), gram_schmidt(rows)) < 1e-4
 
 
+def test_the_remainder_that_counts_as_rounding():
+    """Its norm is sqrt(16 tasks eps) of the gradient's: 2e-3 for two, as documented."""
+    threshold = (32 * np.finfo(np.float32).eps) ** 0.5
+    for factor in (0.7, 1.4):
+        sine = factor * threshold
+        rows = np.array([[1.0, 0], [(1 - sine**2) ** 0.5, sine]])
+        found = combined(OSGD(normalise="per_task"), rows)
+        assert np.allclose(found, [1, 0] if factor < 1 else [1, 1], atol=0.2)
+
+
 @pytest.mark.parametrize("name", ["osgd", "pcgrad", "gradvac", "symmetric"])
 def test_opposite_tasks_are_finite(name):
     g = jacobian(tasks=1)

@@ -64,9 +64,10 @@ def write_all(out: Path) -> None:
 
 def digits_page(path: Path) -> str:
     """Return the page on the digits, whose table is the README's."""
-    picture = os.path.relpath(readme.DIGITS.with_suffix(".png"), path.parent)
-    table = readme.digits(readme.DIGITS)
-    return f"# Digits\n\n{table}\n\n![accuracy by epoch]({picture})\n"
+    parts = ["# Digits", readme.digits(readme.DIGITS)]
+    for title, picture in readme.pictures(readme.DIGITS).items():
+        parts.append(f"![{title}]({os.path.relpath(picture, path.parent)})")
+    return "\n\n".join(parts) + "\n"
 
 
 def relinked(text: str, page: Path, path: Path, out: Path = GENERATED) -> str:

@@ -300,6 +300,24 @@ def plot(arms: Sequence[Arm], title: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_rates(arms: Sequence[Arm], title: str, path: Path) -> None:
+    """Draw validation accuracy after the last epoch by learning rate, of a search."""
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for name in dict.fromkeys(arm.optimiser for arm in arms):
+        tried = [arm for arm in arms if arm.optimiser == name]
+        rates = np.array([arm.learning_rate for arm in tried])
+        best = max(tried, key=Arm.merit)
+        label = f"{name}, best at {best.learning_rate:g}"
+        last = np.stack([arm.last for arm in tried], axis=1)
+        draw_curves(axis, last, rates, marker="o", label=label)
+    axis.set(xscale="log", xlabel="learning rate", title=title)
+    axis.set_ylabel("validation accuracy after the last epoch")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
 def _draw(axis: Axes, arm: Arm, colour: str) -> None:
     """Draw the curve of one arm with its band; a diverged seed ends the curve."""
     label = f"{arm.optimiser}, rate {arm.learning_rate:g} (test {spread(arm.tests)})"

@@ -201,7 +201,7 @@ def update_decorrelation(
     if (index := drawn(len(x), sample, key, axis_name)) is not None:
         x = x[index]
     x = x - jax.lax.stop_gradient(mean)
-    weight = jnp.maximum(momentum, 1 / (state.updates + 1)).astype(mean.dtype)
+    weight = jnp.maximum(momentum, 1 / (state.updates + 1).astype(mean.dtype))
     learnt = (
         state.mean + weight * (mean - state.mean),
         rule.update(state.transform, x, axis_name=axis_name),

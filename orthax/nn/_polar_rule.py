@@ -119,7 +119,7 @@ class Polar:
         self, state: PolarState, x: jax.Array, *, axis_name: Any | None = None
     ) -> PolarState:
         """Return the root and R after centred samples x, shape (n, d)."""
-        weight = jnp.maximum(self.momentum, 1 / (state.updates + 1)).astype(x.dtype)
+        weight = jnp.maximum(self.momentum, 1 / (state.updates + 1).astype(x.dtype))
         samples = len(x)
         if axis_name is not None:
             # Fewer rows with the same covariance are sent.

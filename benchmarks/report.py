@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from benchmarks import (
+    contract,
     plots,
     polar,
     sharded,
@@ -22,6 +23,7 @@ from benchmarks import (
 
 KEYS = {
     "polar": polar.KEY,
+    "contract": contract.KEY,
     "step": step.KEY,
     "sharded": sharded.KEY,
     "speed": speed.KEY,
@@ -50,6 +52,7 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         "tasks": tasks.report(rows["tasks"]),
         "training": training.report(rows["training"]),
         "polar": tables.by_device(rows["polar"], polar.markdown),
+        "contract": contract.markdown(rows["contract"]),
     }
 
 

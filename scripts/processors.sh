@@ -52,14 +52,15 @@ for line in "${settings[@]}"; do
     continue
   fi
   read -ra variables <<< "$others"
-  variables+=("XLA_FLAGS=${XLA_FLAGS:-} $flags")
+  flags="$flags ${XLA_FLAGS:-}"
+  [ "$flags" = " " ] || variables+=("XLA_FLAGS=$flags")
   # XLA ends the process at a flag that it does not know.
   if ! env "${variables[@]}" python -c "import jax; jax.numpy.ones(3).sum()" &> /dev/null
   then
-    echo "== $name: skipped, this jaxlib has no $flags"
+    echo "== $name: skipped, this jaxlib does not know $flags"
     continue
   fi
-  echo "== $name: ${variables[*]}"
+  echo "== $name: ${variables[*]:-as it is}"
   env "${variables[@]}" python -m pytest -q ${without:+-k "not $without"} \
     $(printf 'tests/test_%s.py ' "${tests[@]}") || failed+=("$name")
 done

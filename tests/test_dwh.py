@@ -134,7 +134,7 @@ def test_contract_on_a_short_side_of_2048():
     """A cosine transform for singular vectors: no decomposition of this size.
 
     All entries of the largest direction are equal in magnitude, so that rounding errors
-    add up: coupling below 1e-3 on one CPU, 1.9e-3 on another; random vectors 1e-6.
+    add up: coupling of 4e-5, random vectors 1e-6.
     """
     n = 2048
     rows, columns = np.ogrid[:n, :n]
@@ -143,7 +143,7 @@ def test_contract_on_a_short_side_of_2048():
     u = np.random.default_rng(0).choice([-1, 1], (n, 1)) * q
     s = np.r_[1, np.full(n - 1, 1.1e-3)]
     o = np.asarray(dwh(((u * s) @ q.T).astype(np.float32), DWH()), float)
-    check_contract(s / np.linalg.norm(s), u.T @ o @ q, coupled=5e-3)
+    check_contract(s / np.linalg.norm(s), u.T @ o @ q, coupled=3.3e-4)
 
 
 @pytest.mark.parametrize("shape", [(64, 16), (200, 97)], ids=str)
@@ -193,8 +193,9 @@ def test_each_matrix_of_a_mixed_stack_as_if_alone(shape):
     assert np.isnan(out[2:4]).all()
     assert (out[4] == 0).all()
     for i in (0, 1, 5):
-        # The easy ones are restarted because of the tough one.
-        assert np.abs(out[i] - np.asarray(dwh(x[i], DWH()))).max() < 1e-5
+        # The easy ones are restarted because of the tough one: two polynomials, one to
+        # within 4e-6 and one 7e-6. Rounding of A times c / 2 is 610 eps = 7e-5.
+        assert np.abs(out[i] - np.asarray(dwh(x[i], DWH()))).max() < 8e-5
         assert np.abs(out[i] - factor(x[i])).max() < 1e-4
     # What is not finite, or zero, asks for no restart.
     rest = [0, 2, 3, 4, 5]

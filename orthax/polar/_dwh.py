@@ -39,9 +39,9 @@ class DWH:
     $\sqrt{eps}$, and couples directions by up to `c eps`. Where a bound on the inverse
     cannot exclude that this matters, the iteration begins again: its first step has a
     smaller c, 1,220 instead of 16,000, and is applied to the matrix itself, whose Gram
-    matrix is computed anew. That is twice the work on the long side, decided for each
-    stack at run time; for aspect ratios below 1.5, where even Gaussian matrices need
-    it, beforehand.
+    matrix is computed anew: twice the work on the long side. That is decided for each
+    stack at run time, and beforehand for nearly square matrices, where the bound is of
+    no use even for Gaussian ones.
 
     Attributes:
       restart: whether that may happen.
@@ -53,10 +53,12 @@ class DWH:
 
     Limits:
       Singular values below 1e-3 of the Frobenius norm end between 0 and one. A zero
-      matrix gives zero. Without `restart`, in float32, singular values near 1e-3 of the
-      Frobenius norm may be off by 0.15. Tested up to a short side of 2048, where
-      rounding may couple directions by 2e-3 if all entries have one magnitude. Not for
-      TPU, where Cholesky factors are slow. `vmap` works on one element after another.
+      matrix gives zero. In float32 a search for the worst matrix, with kernels of
+      several instruction sets, found directions coupled by SEARCHED and larger singular
+      values off by KEPT (`benchmarks/README.md`). Without `restart`, singular values
+      near 1e-3 of the Frobenius norm may be off by 0.15. Tested up to a short side of
+      2048. Not for TPU, where Cholesky factors are slow. `vmap` works on one element
+      after another.
 
     Example:
       >>> import jax.numpy as jnp

@@ -17,13 +17,14 @@ tests=(polar dwh coefficients accuracy_table search stacking tasks decorrelation
 
 # Without this the products of XLA use a library that knows no limit to its instructions.
 onednn=--xla_cpu_experimental_ynn_fusion_type=
+# Tests of float16, to which XLA links no conversions without F16C.
+half="(float16 or at_the_threshold_and_scale)"
 # name | CPU flag that it needs | XLA_FLAGS | other variables | tests to leave out
-# (float16: XLA links no conversions without F16C).
 settings=(
   "default||||"
   "AVX2|avx2|$onednn --xla_cpu_max_isa=AVX2|ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell|"
-  "SSE4.2||$onednn --xla_cpu_max_isa=SSE4_2|ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott|float16"
-  "xla-SSE4.2||--xla_cpu_max_isa=SSE4_2||float16"
+  "SSE4.2||$onednn --xla_cpu_max_isa=SSE4_2|ONEDNN_MAX_CPU_ISA=SSE41 OPENBLAS_CORETYPE=Prescott|$half"
+  "xla-SSE4.2||--xla_cpu_max_isa=SSE4_2||$half"
   "xla-AVX2|avx2|--xla_cpu_max_isa=AVX2||"
   "xla-AVX512|avx512f|--xla_cpu_max_isa=AVX512||"
   "onednn||$onednn||"

@@ -21,8 +21,10 @@ _SAFE = 2.0**14
 # After a restart that is weighted for singular values from here up, which makes it 610.
 _MILD = 7e-3
 # And Gram matrices are summed in parts of so many rows, up to this short side: kernels
-# that add one row after another round more, the longer the long side is.
+# that add one row after another round more, the longer the long side is. From `_LONG`
+# up that would be too much without a restart, too.
 _ROWS = 128
+_LONG = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +119,8 @@ class DWH:
         else:
             passes, grams, small = 2, 2, 3 * restarted - (0 if self.polish else 4)
             if devices > 1 or not _surely_unsafe(m, n):
-                again = short <= _ROWS < long / devices
-                grams, small = grams + again, small + 2
+                anew = short <= _ROWS < long / devices < _LONG
+                grams, small = grams + anew, small + 2
         thin = 2.0 * (grams + passes) * short**2 * long / devices
         return thin + 2.0 * small * short**3, grams
 
@@ -131,7 +133,8 @@ class DWH:
     def _factor(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         x = _bounded(x, axes)
         known = self.restart and not axes and _surely_unsafe(*x.shape[-2:])
-        r, scale = _normalised(gram(x, axes, _ROWS if known else None))
+        in_parts = known or max(x.shape[-2:]) >= _LONG
+        r, scale = _normalised(gram(x, axes, _ROWS if in_parts else None))
         eye = jnp.eye(r.shape[-1], dtype=r.dtype)
         # Under shard_map the zero must vary over devices like x.
         zero = 0 * jnp.isnan(r).any().astype(jnp.int32)
@@ -179,7 +182,7 @@ class DWH:
             return _State(s.plan, s.done + 1, r, multiplied(s), s.x)
 
         def begin_again(s: _State, _: jax.Array) -> _State:
-            if not short <= _ROWS < long:
+            if not short <= _ROWS < long < _LONG:
                 return s._replace(plan=s.plan + 1)
             r, scale = _normalised(gram(s.x, axes, _ROWS))
             return s._replace(plan=s.plan + 1, r=r, q=scale * eye + 0 * s.q)

@@ -65,8 +65,8 @@ def explain(
       Worked on together on cpu by DWH(restart=True, polish=True):
       <BLANKLINE>
       stack          at once  leaves  dtype    MFLOP  MiB
-      1 x (16 x 72)  1        1       float32  0.197  0.00439
-      one update                               0.197  0.00439
+      1 x (16 x 72)  1        1       float32  0.213  0.00439
+      one update                               0.213  0.00439
     """
     polar.check_method(method)
     _check_call(params, platform)

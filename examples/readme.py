@@ -107,7 +107,7 @@ def _differences(rows: Sequence[Row]) -> str:
     fixed, tuned = (paired(*tests(splits[0], x)) for x in ("fixed", "tuned"))
     means = np.array([[x.mean() for x in tests(data, "tuned")] for data in splits]).T
     return (
-        "Orthogonalised less plain, on test images, paired by seed: "
+        "Orthogonalised less plain, in per cent of the test images, paired by seed: "
         f"{fixed} at one rate for both, {tuned} at a rate of its own for each. Over "
         f"{len(splits)} divisions of the images into training, validation and test, "
         "each tuned again (mean and standard error over divisions): "

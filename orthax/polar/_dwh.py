@@ -1,6 +1,7 @@
 """Polar factors by dynamically weighted Halley steps on the small Gram matrix."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -165,8 +166,9 @@ class DWH:
         tested: bool,
     ) -> "_State":
         alpha, beta, c = weights
-        short, long = sides(*s.x.shape[-2:])
-        eye = jnp.eye(s.r.shape[-1], dtype=s.r.dtype)
+        short = s.r.shape[-1]
+        long = math.prod(s.x.shape[-2:]) // short  # of this device's part, where split
+        eye = jnp.eye(short, dtype=s.r.dtype)
         w = positive_definite_inverse(eye + c * s.r)
         step = alpha * eye + beta * w
 

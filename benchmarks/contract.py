@@ -59,10 +59,6 @@ CLIMBED = SHAPES[:7]
 KEY = ("method", "family", "dtype", "processor", "settings")
 
 
-def orthonormal(rng: np.random.Generator, m: int, k: int) -> np.ndarray:
-    return np.linalg.qr(rng.standard_normal((m, k)))[0]
-
-
 def with_spectrum(
     rng: np.random.Generator, m: int, n: int, s: np.ndarray, flat: bool = False
 ) -> np.ndarray:

@@ -5,19 +5,14 @@ import functools
 import numpy as np
 import pytest
 
-from benchmarks import polar as table, tables
+from benchmarks import contract, polar as table, tables
 
 FAST = tuple(case for case, made in table.CASES.items() if not made.slow)
 SLOW = tuple(case for case, made in table.CASES.items() if made.slow)
 
-# DESIGN: the numerical contract of the default method, on CPU in float32.
-CONTRACT = {
-    "kept_error": 1e-4,
-    "small_max": 1.001,
-    "coupling": 1e-3,
-    "null_norm": 1e-2,
-}
-CONTRACT_SMALL_MIN = -1e-3
+# The numerical contract of the default method, on CPU in float32.
+CONTRACT = {k: v for k, v in contract.PROMISE.items() if k != "small_min"}
+CONTRACT_SMALL_MIN = contract.PROMISE["small_min"]
 
 # Rounding differs from machine to machine, by less than this factor; what is below the
 # floor is rounding and nothing else.

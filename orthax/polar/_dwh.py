@@ -101,8 +101,8 @@ class DWH:
         """Return the operations for one real float32 m x n matrix, with a restart.
 
         On the long side a Gram matrix and a product, both twice with a restart, and one
-        more Gram matrix where it is summed in parts; an inverse of `2 k^3` for every
-        step, k the short side, and products of k x k matrices.
+        more Gram matrix where only the restart sums it in parts; an inverse of `2 k^3`
+        for every step, k the short side, and products of k x k matrices.
         """
         return self.split_flops(m, n, 1)[0]
 

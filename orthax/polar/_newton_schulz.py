@@ -18,10 +18,14 @@ from orthax.polar._coefficients import (
     table_text,
 )
 from orthax.polar._method import adjoint, check_positive_or_none, over, sides
+from orthax.polar._split import split_gram, split_matmul
 
 # Aspect ratio from which the iteration on the small Gram matrix needs fewer
 # operations than the one on the matrix, for any number of restarts.
 _GRAM_ASPECT = 1.5
+# Short side from which `precision="high"` splits the factors of products. Smaller
+# matrices cost launches, not operations, and average less rounding away.
+_SPLIT_FROM = 128
 # Most steps of an adaptive run: enough for a condition number of 1e7 in float32.
 _MOST_STEPS = 24
 
@@ -39,13 +43,17 @@ class NewtonSchulz:
         dimensionless; for singular values in [0, 1]. Default `polar_express()`.
       gram: iterate on the Gram matrix of the short side and touch the long side only
         at restarts. Default: where it can be and where the aspect ratio is 1.5 or more,
-        which is where it saves operations. It amplifies rounding, so it needs
-        `precision` high or highest, no `dtype` and no `tolerance`.
+        which is where it saves operations. It amplifies rounding, so it needs the
+        highest `precision`, no `dtype` and no `tolerance`.
       restarts: after how many steps the Gram matrix is computed anew; default after 2,
         4, 7, 10 ... steps. Without, rounding errors of the Gram iteration grow.
       dtype: round the inputs of every product to this dtype (`"bfloat16"`,
         `"float16"`); sums, and the matrix itself, stay in the dtype worked in.
       precision: `jax.lax.Precision` or its name, of every product; default the highest.
+        `"high"` means the same on every platform for float32: factors of products are
+        split into two bfloat16 numbers, 16 bits, for half the operations of the
+        highest on tensor cores and matrix units; with a short side below 128 it is the
+        highest. Elsewhere, and for other dtypes, it is what XLA makes of it.
       tolerance: stop each matrix when $\|A^2 - A\|_F \leq$ `tolerance`
         $\sqrt{\mathrm{tr} A}$, $A = X X^H$, which holds for rank-deficient matrices
         too; dimensionless. A matrix that has not reached it when the table ends goes
@@ -105,15 +113,16 @@ class NewtonSchulz:
             raise ValueError(f"`gram` must be None, True or False, got {self.gram!r}.")
         if self.gram and not self._gram_is_safe:
             raise ValueError(
-                "gram=True needs `precision` high or highest, no `dtype` and no "
-                "`tolerance`: lower precision makes it diverge, and the matrix that "
-                "`tolerance` tests is not formed. Write gram=False, or leave them out."
+                "gram=True needs the highest `precision`, no `dtype` and no "
+                "`tolerance`: what lower precision rounds is amplified, and the matrix "
+                "that `tolerance` tests is not formed. Write gram=False, or leave them "
+                "out."
             )
         if self.restarts is not None:
             if self.gram is False or not self._gram_is_safe:
                 raise ValueError(
                     "`restarts` belongs to the Gram iteration and has no effect with "
-                    "gram=False, a `dtype`, a `tolerance` or low `precision`: leave it "
+                    "gram=False, a `dtype`, a `tolerance` or a lower `precision`: leave it "
                     "out."
                 )
             steps = len(self.coefficients)
@@ -148,23 +157,29 @@ class NewtonSchulz:
         """Return the operations of all products, for one real m x n matrix."""
         if self._in_gram_space(m, n):
             return self._gram_flops(m, n, 1)
-        short, long = sides(m, n)
-        steps = len(self.coefficients)
-        squares = len(self.coefficients[0]) - 2
-        return steps * (4.0 * short**2 * long + 2.0 * squares * short**3)
+        return self._direct_flops(m, n, 1)
 
     def factor_split(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
         """Return what a device has of the factors of matrices with sharded columns.
 
-        In Gram space, whatever the aspect ratio: one sum over the devices a segment.
+        In Gram space where that is safe, whatever the aspect ratio, with one sum over
+        the devices a segment; else one a step.
         """
-        return self._gram(x, axes)
+        return self._gram(x, axes) if self._may_share_gram else self._direct(x, axes)
 
     def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int] | None:
         """Return the operations of each device, and the sums over all of them."""
-        if self.gram is False or not self._gram_is_safe:
+        if self.tolerance is not None:
             return None
-        return self._gram_flops(m, n, devices), len(self._segments())
+        if self._may_share_gram:
+            return self._gram_flops(m, n, devices), len(self._segments())
+        return self._direct_flops(m, n, devices), len(self.coefficients)
+
+    def _direct_flops(self, m: int, n: int, devices: int) -> float:
+        short, long = sides(m, n)
+        steps, squares = len(self.coefficients), len(self.coefficients[0]) - 2
+        thin = 4.0 * short**2 * long / devices
+        return steps * (thin + 2.0 * squares * short**3)
 
     def _gram_flops(self, m: int, n: int, devices: int) -> float:
         short, long = sides(m, n)
@@ -180,13 +195,20 @@ class NewtonSchulz:
         return self._gram_is_safe and long >= _GRAM_ASPECT * short
 
     @property
+    def _may_share_gram(self) -> bool:
+        return self._gram_is_safe and self.gram is not False
+
+    @property
     def _gram_is_safe(self) -> bool:
-        precise = self.precision != jax.lax.Precision.DEFAULT
-        return precise and self.dtype is None and self.tolerance is None
+        return not self._low_precision and self.tolerance is None
 
     @property
     def _low_precision(self) -> bool:
         return self.dtype is not None or self.precision != jax.lax.Precision.HIGHEST
+
+    def _splits(self, x: jax.Array) -> bool:
+        high = self.precision == jax.lax.Precision.HIGH and self.dtype is None
+        return high and x.dtype == jnp.float32 and min(x.shape[-2:]) >= _SPLIT_FROM
 
     def _segments(self) -> list[Table]:
         """Return the table cut at the restarts."""
@@ -198,46 +220,59 @@ class NewtonSchulz:
         return [self.coefficients[i:j] for i, j in itertools.pairwise(ends)]
 
     def _matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        if self._splits(a) and self._splits(b):
+            return split_matmul(a, b)
         if self.dtype is None:
-            return jnp.matmul(a, b, precision=self.precision)
+            exact = self.precision == jax.lax.Precision.HIGH and a.dtype == jnp.float32
+            precision = jax.lax.Precision.HIGHEST if exact else self.precision
+            return jnp.matmul(a, b, precision=precision)
         out = a.dtype
         a, b = a.astype(self.dtype), b.astype(self.dtype)
         return jnp.matmul(
             a, b, precision=self.precision, preferred_element_type=out
         ).astype(out)
 
-    def _gram_matrix(self, x: jax.Array) -> jax.Array:
-        wide = x.shape[-2] <= x.shape[-1]
-        return self._matmul(x, adjoint(x)) if wide else self._matmul(adjoint(x), x)
+    def _gram_matrix(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+        wide = bool(axes) or x.shape[-2] <= x.shape[-1]
+        if self._splits(x):
+            gram = split_gram(x, wide)
+        elif wide:
+            gram = self._matmul(x, adjoint(x))
+        else:
+            gram = self._matmul(adjoint(x), x)
+        return over(axes, jax.lax.psum, gram)
 
-    def _apply(self, p: jax.Array, a: jax.Array, x: jax.Array) -> jax.Array:
+    def _apply(
+        self, p: jax.Array, a: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()
+    ) -> jax.Array:
         """Return `(p + a I) X`, on the side of X that is short."""
         if not self._low_precision:
             p, a = p + a * jnp.eye(p.shape[-1], dtype=p.dtype)[None], None
-        y = self._times(p, x)
+        y = self._times(p, x, axes)
         # Rounded inputs would lose the small singular values that `a` lifts.
         return y if a is None else y + a * x
 
-    def _times(self, p: jax.Array, x: jax.Array) -> jax.Array:
-        wide = x.shape[-2] <= x.shape[-1]
+    def _times(
+        self, p: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()
+    ) -> jax.Array:
+        wide = bool(axes) or x.shape[-2] <= x.shape[-1]
         return self._matmul(p, x) if wide else self._matmul(x, p)
 
-    def _direct(self, x: jax.Array) -> jax.Array:
-        def step(x, row):
-            gram = self._gram_matrix(x)
+    def _direct(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+        def step(i, x):
+            row = _row(self.coefficients, i, jnp.finfo(x.dtype).dtype)
+            gram = self._gram_matrix(x, axes)
             p = row[1] * gram
-            if row.size == 3:
-                p += row[2] * self._matmul(gram, gram)
-            return self._apply(p, row[0], x), None
+            if len(row) == 3:
+                p += row[2] * self._gram_matrix(gram)
+            return self._apply(p, row[0], x, axes)
 
-        rows = np.asarray(self.coefficients, jnp.finfo(x.dtype).dtype)
-        return jax.lax.scan(step, x, rows)[0]
+        return jax.lax.fori_loop(0, len(self.coefficients), step, x)
 
     def _gram(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         for rows in self._segments():
-            r = self._matmul(x, adjoint(x)) if axes else self._gram_matrix(x)
-            q = self._gram_segment(over(axes, jax.lax.psum, r), rows)
-            x = self._matmul(q, x) if axes else self._times(q, x)
+            q = self._gram_segment(self._gram_matrix(x, axes), rows)
+            x = self._times(q, x, axes)
         return x
 
     def _gram_segment(self, r: jax.Array, rows: Table) -> jax.Array:
@@ -290,6 +325,21 @@ class NewtonSchulz:
         # False, since x is finite; under shard_map it must vary over devices like x.
         not_done = jnp.any(jnp.isnan(x), axis=(-2, -1))
         return jax.lax.while_loop(goes_on, step, (0, x, not_done))[1]
+
+
+def _row(rows: Table, i: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+    """Return the numbers of row `i`, by comparisons.
+
+    They become part of what they are used in. A slice of a table is a kernel of its own
+    on a TPU, which takes as long as a product of small matrices.
+    """
+    columns = []
+    for numbers in zip(*rows, strict=True):
+        chosen = jnp.asarray(numbers[-1], dtype)
+        for k, number in enumerate(numbers[:-1]):
+            chosen = jnp.where(i == k, jnp.asarray(number, dtype), chosen)
+        columns.append(chosen)
+    return columns
 
 
 def _hermitian(x: jax.Array) -> jax.Array:

@@ -237,25 +237,26 @@ def _normalised(
 ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
     """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
 
-    Two divisions, by the largest entry and by the norm of the rest: squares of entries
-    beyond 1e19 or below 1e-23 would leave float32. The factor does not depend on them:
-    derivatives take them for constants. A matrix that is not finite is replaced by
-    zero, so that no iteration ever meets one.
+    The norm is summed three times at once, of the matrix as it is, blown up and shrunk,
+    because squares of entries beyond 1e19 or below 1e-23 would leave float32. The factor
+    does not depend on the divisors: derivatives take them for constants. A matrix that
+    is not finite is replaced by zero, so that no iteration ever meets one.
     """
-    axes = (-2, -1)
-    largest = jnp.max(jnp.abs(x.real), axis=axes, keepdims=True)
-    if jnp.iscomplexobj(x):
-        imaginary = jnp.max(jnp.abs(x.imag), axis=axes, keepdims=True)
-        largest = jnp.maximum(largest, imaginary)
-    largest = over(over_axes, jax.lax.pmax, largest)
-    finite = jnp.isfinite(largest)
+    most = jnp.finfo(x.dtype).maxexp
+    scales = [1.0, 2.0 ** (5 * most // 8), 2.0 ** (-5 * most // 8)]
+    squares = [jnp.square(x.real * s) + jnp.square(x.imag * s) for s in scales]
+    sums = [jnp.sum(square, axis=(-2, -1), keepdims=True) for square in squares]
+    plain, small, large = over(over_axes, jax.lax.psum, sums)
+    finite = jnp.isfinite(large)
+    cases = [plain < 2.0 ** (-most // 2), plain < 2.0 ** (3 * most // 4)]
+    square = jnp.select(cases, [small, plain], large)
+    scale = jnp.select(cases, [scales[1], scales[0]], scales[2])
+    norm = jnp.sqrt(jnp.where(finite & (square > 0), square, 1))
+    divisors = jax.lax.stop_gradient((1 / scale.astype(norm.dtype), norm))
     x = jnp.where(finite, x, 0)
-    largest = jax.lax.stop_gradient(jnp.where(finite & (largest > 0), largest, 1))
-    x = x / largest
-    square = jnp.sum(x.real**2 + x.imag**2, axis=axes, keepdims=True)
-    norm = jnp.sqrt(over(over_axes, jax.lax.psum, square))
-    norm = jax.lax.stop_gradient(jnp.where(norm > 0, norm, 1))
-    return x / norm, (largest, norm), finite
+    for divisor in divisors:
+        x = x / divisor
+    return x, divisors, finite
 
 
 @_factors.defjvp

@@ -1,19 +1,13 @@
 """Which device works on which matrices: decided before anything is moved."""
 
-import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from orthax.components._costs import Costs
 from orthax.components._layout import Axes, Layout
 
-# For every device, of which lots it works on how many units.
-Turns = tuple[tuple[tuple[int, int], ...], ...]
-
-# Share of padding from which units of different shapes are looked at together, and the
-# share of time that something other than the plain plan must save.
-_WASTE = 0.25
+# Share of time that another plan than a stack for each shape must save.
 _GAIN = 0.1
 
 # All-reduces of single numbers where devices share a matrix: its largest entry, and its
@@ -26,12 +20,12 @@ class Division(NamedTuple):
 
     Attributes:
       kind: `"local"`: every device works on the matrices that it has, whole. `"stack"`:
-        matrices of one shape, each device as many. `"spread"`: of several shapes, each
-        device its own. `"split"`: every device a part of the long side of each.
+        matrices of one shape, each device as many. `"split"`: every device a part of
+        the long side of each. `"compiler"`: as `"stack"`, but moved by the compiler,
+        which alone knows how the leaves are sharded.
       members: the leaves, by their place in the list.
       exchanged: mesh axes over which their matrices are sharded.
       divided: mesh axes over which the leaves are not sharded, but the work is.
-      turns: which units each device works on, in order; `"spread"` alone.
       flops: operations of the busiest device, padding included.
       bytes: what a device sends, at most.
       collectives: what they are called, as often as they are used.
@@ -42,7 +36,6 @@ class Division(NamedTuple):
     members: tuple[int, ...]
     exchanged: Axes
     divided: Axes
-    turns: Turns
     flops: float
     bytes: int
     collectives: tuple[str, ...]
@@ -80,6 +73,44 @@ def divided(layouts: Sequence[Layout], costs: Costs) -> list[Division]:
     return sorted(plans, key=lambda plan: plan.members)
 
 
+def constrained(layouts: Sequence[Layout], costs: Costs) -> list[Division]:
+    """Return what is asked of the compiler where it alone knows the layout.
+
+    What it moves is a guess for leaves that are neither replicated nor sharded over all
+    devices along one axis.
+    """
+    alike: dict[tuple[Any, ...], list[_Lot]] = {}
+    for lot in _lots(layouts, costs):
+        layout = lot.layout
+        alike.setdefault((layout.shape, layout.dtype, layout.cut), []).append(lot)
+    plans = []
+    for lots in alike.values():
+        layout = lots[0].layout
+        names = costs.axes or tuple(name for name, _ in layout.sizes)
+        devices = layout.parts(names)
+        whole = math.prod(layout.whole) * layout.dtype.itemsize
+        count = sum(len(lot.members) for lot in lots)
+        count *= math.prod(layout.shape[i] for i in layout.batch)
+        share = -(-count // devices)
+        sent, moved = 0, ("compiler's choice",)
+        part = share * whole * (devices - 1)
+        specs = {tuple(filter(None, lot.layout.spec)) for lot in lots}
+        if specs == {()}:
+            sent, moved = part, ("all-gather",)
+        elif len(lots) == 1 and specs <= {(names,)}:
+            if layout.exchanged:
+                sent, moved = 2 * part // devices, ("all-to-all", "all-to-all")
+            elif len(lots[0].members) == 1 and count % devices == 0:
+                sent, moved = 0, ()
+        members = tuple(sorted(i for lot in lots for i in lot.members))
+        flops = share * lots[0].flops
+        seconds = costs.seconds(flops, sent, len(moved))
+        plans.append(
+            Division("compiler", members, names, (), flops, sent, moved, seconds)
+        )
+    return sorted(plans, key=lambda plan: plan.members)
+
+
 def _lots(layouts: Sequence[Layout], costs: Costs) -> list[_Lot]:
     alike: dict[Layout, list[int]] = {}
     for i, layout in enumerate(layouts):
@@ -104,7 +135,7 @@ def _stacked(lot: _Lot, costs: Costs) -> Division:
         moved = _moved(layout, exchanged, divided, padded)
         kind = "stack" if exchanged or divided else "local"
         work = share * lot.flops
-        plans.append(_plan(kind, [lot], divided, work, moved, costs))
+        plans.append(_plan(kind, lot, divided, work, moved, costs))
     return min(plans, key=_seconds)
 
 
@@ -152,29 +183,25 @@ def _split(lot: _Lot, costs: Costs) -> list[Division]:
         gram = m * m * max(4, layout.dtype.itemsize)
         sent = 2 * lot.count * sums * gram * (devices - 1) // devices
         moved = moved[0] + sent, (*moved[1], *["all-reduce"] * (sums + _NUMBERS))
-        plans.append(_plan("split", [lot], divided, lot.count * each, moved, costs))
+        plans.append(_plan("split", lot, divided, lot.count * each, moved, costs))
     return plans
 
 
 def _pooled(pool: Sequence[_Lot], costs: Costs) -> list[Division]:
     """Return the plans for lots on the same mesh axes.
 
-    The largest matrices may be shared by all devices, and lots that do not fill the
-    devices may go together, where that saves time over a stack for each lot.
+    The largest matrices may be shared by all devices, where that saves time.
     """
     pool = sorted(pool, key=lambda lot: -lot.flops)
     stacked = [_stacked(lot, costs) for lot in pool]
     shared = [min(_split(lot, costs), key=_seconds, default=None) for lot in pool]
     best, least = stacked, sum(map(_seconds, stacked))
-    for first in range(len(pool) + 1):
-        # Those before `first` are shared, where they can be.
-        kept = [i for i in range(len(pool)) if i >= first or shared[i] is None]
-        split = [shared[i] for i in range(first) if shared[i] is not None]
-        lots, alone = [pool[i] for i in kept], [stacked[i] for i in kept]
-        for plans in (alone, *_spread(lots, alone, costs)):
-            seconds = sum(map(_seconds, [*split, *plans]))
-            if seconds * (1 + _GAIN) < least:
-                best, least = [*split, *plans], seconds
+    for first in range(1, len(pool) + 1):
+        pairs = zip(shared[:first], stacked[:first], strict=True)
+        plans = [split or stack for split, stack in pairs] + stacked[first:]
+        seconds = sum(map(_seconds, plans))
+        if seconds * (1 + _GAIN) < least:
+            best, least = plans, seconds
     return best
 
 
@@ -182,64 +209,22 @@ def _seconds(plan: Division) -> float:
     return plan.seconds
 
 
-def _spread(
-    lots: Sequence[_Lot], stacked: Sequence[Division], costs: Costs
-) -> Iterator[list[Division]]:
-    """Yield the plans in which lots that do not fill the devices go together."""
-    for divided in _choices(lots[0].layout, costs) if lots else []:
-        devices = lots[0].layout.parts(lots[0].layout.exchanged + divided)
-        few, rest = [], []
-        for lot, plan in zip(lots, stacked, strict=True):
-            padded = -(-lot.count // devices) * devices
-            if padded > (1 + _WASTE) * lot.count:
-                few.append(lot)
-            else:
-                rest.append(plan)
-        if len(few) > 1:
-            yield [*rest, _together(few, divided, costs)]
-
-
-def _together(lots: Sequence[_Lot], divided: Axes, costs: Costs) -> Division:
-    """Return the plan that gives every device units of its own shapes."""
-    layout = lots[0].layout
-    exchanged = layout.exchanged
-    devices = layout.parts(exchanged + divided)
-    turns, busiest = _assigned(lots, devices)
-    longest = max(sum(n * lots[g].bytes for g, n in turn) for turn in turns)
-    moved = _moved(layout, exchanged, divided, devices * longest)
-    return _plan("spread", lots, divided, busiest, moved, costs, turns)
-
-
 def _plan(
     kind: str,
-    lots: Sequence[_Lot],
+    lot: _Lot,
     divided: Axes,
     flops: float,
     moved: tuple[int, tuple[str, ...]],
     costs: Costs,
-    turns: Turns = (),
 ) -> Division:
-    members = tuple(i for lot in lots for i in lot.members)
-    exchanged = lots[0].layout.exchanged
     sent, names = moved
-    seconds = costs.seconds(flops, sent, len(names))
     return Division(
-        kind, members, exchanged, divided, turns, flops, sent, names, seconds
+        kind,
+        lot.members,
+        lot.layout.exchanged,
+        divided,
+        flops,
+        sent,
+        names,
+        costs.seconds(flops, sent, len(names)),
     )
-
-
-def _assigned(lots: Sequence[_Lot], devices: int) -> tuple[Turns, float]:
-    """Give every unit, the costly ones first, to the device that has the least to do.
-
-    Graham: "Bounds on multiprocessing timing anomalies", 1969, Theorem 2: within 4/3 of
-    the best.
-    """
-    loads = [(0.0, device) for device in range(devices)]
-    counts: list[dict[int, int]] = [{} for _ in range(devices)]
-    for g in sorted(range(len(lots)), key=lambda g: -lots[g].flops):
-        for _ in range(lots[g].count):
-            load, device = heapq.heappop(loads)
-            counts[device][g] = counts[device].get(g, 0) + 1
-            heapq.heappush(loads, (load + lots[g].flops, device))
-    turns = tuple(tuple(count.items()) for count in counts)
-    return turns, max(load for load, _ in loads)

@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from orthax.components._matricisation import Matricisation
-from orthax.components._tree import Leaf
+from orthax.components._tree import Leaf, path_string
 
 Axes = tuple[str, ...]
+P = jax.sharding.PartitionSpec
 
 
 class Layout(NamedTuple):
@@ -151,7 +152,7 @@ class Layout(NamedTuple):
 def layouts(
     shapes: Sequence[jax.ShapeDtypeStruct | jax.Array],
     cuts: Sequence[Matricisation],
-    specs: Sequence[jax.sharding.PartitionSpec],
+    specs: Sequence[P],
     sizes: Mapping[str, int],
 ) -> list[Layout]:
     """Return the layouts of leaves on a mesh with axes of the given sizes."""
@@ -167,6 +168,71 @@ def layouts(
     ]
 
 
+class LeafShardings(tuple):
+    """The sharding of every leaf of a tree by its path: pairs, which can be hashed."""
+
+    def __repr__(self) -> str:
+        """Return how many there are: a model has hundreds."""
+        return f"<shardings of {len(self)} leaves>"
+
+
+def leaf_shardings(tree: Any) -> LeafShardings | jax.sharding.Sharding | P | None:
+    """Return what says how leaves are sharded: one thing for all, or by path.
+
+    Raises:
+      TypeError: for a leaf that says nothing.
+    """
+    kinds = jax.sharding.Sharding | P
+    if tree is None or isinstance(tree, kinds | LeafShardings):
+        return tree
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda leaf: isinstance(leaf, kinds)
+    )
+    pairs = []
+    for path, leaf in leaves:
+        sharding = leaf if isinstance(leaf, kinds) else getattr(leaf, "sharding", None)
+        if not isinstance(sharding, jax.NamedSharding | P):
+            raise TypeError(
+                "`shardings` must be jax.NamedShardings, jax.Ps or arrays that have "
+                f"one, got {leaf!r} of type {type(leaf).__name__} for "
+                f"'{path_string(path)}'."
+            )
+        pairs.append((path_string(path), sharding))
+    return LeafShardings(pairs)
+
+
+def shardings_of(
+    shardings: LeafShardings | jax.sharding.Sharding | P,
+    leaves: Sequence[Leaf],
+    mesh: jax.sharding.AbstractMesh,
+) -> tuple[jax.NamedSharding, ...]:
+    """Return the sharding of every leaf; specs alone are over `mesh`.
+
+    Raises:
+      ValueError: for a leaf that has none, or a spec without a mesh.
+    """
+    by_path = dict(shardings) if isinstance(shardings, LeafShardings) else None
+    found = []
+    for leaf in leaves:
+        if by_path is not None and leaf.path not in by_path:
+            known = ", ".join(map(repr, list(by_path)[:3]))
+            raise ValueError(
+                f"Leaf '{leaf.path}' of shape {tuple(leaf.value.shape)} has no "
+                f"sharding: `shardings` has those of {known} ... . Give a tree like "
+                "the parameters."
+            )
+        sharding = shardings if by_path is None else by_path[leaf.path]
+        if isinstance(sharding, P):
+            if mesh.empty:
+                raise ValueError(
+                    f"`shardings` has {sharding} and no mesh: give jax.NamedSharding("
+                    "mesh, spec), or surround the call by jax.set_mesh(mesh)."
+                )
+            sharding = jax.NamedSharding(mesh, sharding)
+        found.append(sharding)
+    return tuple(found)
+
+
 def named_layouts(
     leaves: Sequence[Leaf], shardings: Sequence[Any]
 ) -> list[Layout] | None:
@@ -180,7 +246,7 @@ def named_layouts(
     if not found:
         return None
     sizes = dict(found[0].mesh.shape)
-    everywhere = jax.NamedSharding(found[0].mesh, jax.sharding.PartitionSpec())
+    everywhere = jax.NamedSharding(found[0].mesh, P())
     made = []
     for leaf, sharding in zip(leaves, shardings, strict=True):
         own = sharding if isinstance(sharding, jax.NamedSharding) else everywhere
@@ -197,45 +263,14 @@ def named_layouts(
             if n % layout.parts(names):
                 raise ValueError(
                     f"{where}: an axis of {n} cannot be divided over the mesh axes "
-                    f"{names} of {layout.parts(names)} devices."
+                    f"{names} of {layout.parts(names)} devices. Leave them out of its "
+                    "spec."
                 )
         made.append(layout)
     return made
 
 
-def found_spec(
-    sharding: jax.sharding.Sharding, shape: Sequence[int], mesh: jax.sharding.Mesh
-) -> jax.sharding.PartitionSpec:
-    """Return the spec on a mesh that says the same as what a compiler has chosen.
-
-    An axis of a leaf that is divided unevenly is left out. Where no spec says the same,
-    which compilers may choose where arrays are reshaped, the leaf counts as replicated.
-    """
-    rank, spec = len(shape), []
-    # Of a leaf with axes that any number of devices divides evenly.
-    where = sharding.devices_indices_map((mesh.size,) * rank)
-    starts = np.array(
-        [[part.start or 0 for part in where[d]] for d in mesh.devices.flat]
-    ).reshape(*mesh.devices.shape, rank)
-    for axis in range(rank):
-        # How far the parts of neighbours along each mesh axis are apart.
-        steps = {
-            name: np.diff(starts[..., axis], axis=i).max(initial=0)
-            for i, name in enumerate(mesh.axis_names)
-        }
-        names = sorted((n for n in steps if steps[n]), key=lambda n: -steps[n])
-        spec.append(tuple(names))
-    same = jax.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-    if not same.is_equivalent_to(sharding, rank):
-        return jax.sharding.PartitionSpec()
-    even = [
-        names if n % math.prod(mesh.shape[name] for name in names) == 0 else None
-        for n, names in zip(shape, spec, strict=True)
-    ]
-    return jax.sharding.PartitionSpec(*even)
-
-
-def full_spec(spec: jax.sharding.PartitionSpec, rank: int) -> tuple[Axes, ...]:
+def full_spec(spec: P, rank: int) -> tuple[Axes, ...]:
     """Return the mesh axes of every axis of a leaf."""
     entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
     return tuple(entries + [()] * (rank - len(entries)))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from orthax.components._by_name import ByName
 from orthax.components._costs import Flops, Split
 from orthax.components._rule import Rule
-from orthax.components._sharded import over_devices
+from orthax.components._sharded import mesh_of, over_devices
 from orthax.components._stacking import Stacking
 from orthax.components._tree import resolve
 
@@ -115,6 +115,8 @@ def map_stacks(
     if cut:
         xs = tuple(jnp.asarray(leaf.value) for leaf in cut)
         cuts = tuple(leaf.cut for leaf in cut)
-        results = iter(over_devices(xs, f, cuts, stacking.costs(flops, split)))
+        shardings = stacking.known(cut, mesh_of(xs))
+        costs = stacking.costs(flops, split)
+        results = iter(over_devices(xs, f, cuts, costs, shardings))
     values = [next(results) if leaf.cut else leaf.value for leaf in leaves]
     return jax.tree.unflatten(jax.tree.structure(tree), values)

@@ -1,61 +1,85 @@
-"""Work on the matrices of leaves wherever they lie: on one device or on many."""
+"""Work on the matrices of leaves wherever they are: on one device or on many."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import jax
-from jax.experimental.custom_partitioning import custom_partitioning
+import jax.numpy as jnp
+from jax.experimental.shard_alike import shard_alike
 
 from orthax.components._costs import Costs
 from orthax.components._division import divided
-from orthax.components._exchange import ManyFunction, carry_out
-from orthax.components._layout import found_spec, full_spec, layouts
+from orthax.components._exchange import ManyFunction, carry_out, of_leaves, on_matrices
+from orthax.components._layout import Layout, full_spec, layouts
 from orthax.components._matricisation import Matricisation
 
 Arrays = tuple[jax.Array, ...]
-Specs = Sequence[jax.sharding.PartitionSpec]
+P = jax.sharding.PartitionSpec
+Specs = Sequence[P]
+# Of every leaf, where the caller says them.
+Shardings = tuple[jax.NamedSharding, ...] | None
 
 
 def over_devices(
-    xs: Arrays, f: ManyFunction, cuts: tuple[Matricisation, ...], costs: Costs | None
+    xs: Arrays,
+    f: ManyFunction,
+    cuts: tuple[Matricisation, ...],
+    costs: Costs | None,
+    shardings: Shardings = None,
 ) -> Arrays:
     """Call `f` on the matrices of leaves, divided among the devices that have them.
 
-    Under a mesh of explicit axes the type of a leaf says where it lies. Otherwise only
-    the compiler knows, which asks once it does.
+    How leaves are sharded is known in one of three ways: by their types, on a mesh of
+    explicit axes; from the caller; or not at all, on a mesh of automatic axes, where
+    the compiler is asked for stacks of matrices.
 
     Args:
       xs: the leaves.
       f: maps a list of stacks `(b, m, n)` to as many of equal shapes, matrix by matrix.
       cuts: how each leaf is cut.
       costs: what the division is decided by; None leaves it to the compiler.
+      shardings: how each leaf is sharded, where the caller says so.
 
     Raises:
       ValueError: if `costs` name axes that the mesh lacks, or that are taken.
     """
-    mesh = mesh_of(xs)
     if costs is not None:
-        costs.check(mesh)
+        costs.check(mesh_of(xs))
     if any(isinstance(x, jax.core.Tracer) for x in xs):
-        return _traced(xs, f, cuts, costs)
+        return _traced(xs, f, cuts, costs, shardings)
     if all(len(x.sharding.device_set) == 1 for x in xs):
-        return _whole(f, cuts, *xs)
-    return _compiled(xs, f, cuts, costs)
+        return on_matrices(f, cuts, *xs)
+    if shardings is None:
+        shardings = _of_arrays(xs)
+    return _compiled(xs, f, cuts, costs, shardings)
+
+
+def _of_arrays(xs: Arrays) -> Shardings:
+    """Return the shardings of arrays that are not traced, all on one mesh."""
+    found = tuple(x.sharding for x in xs)
+    named = all(isinstance(sharding, jax.NamedSharding) for sharding in found)
+    return found if named and len({s.mesh for s in found}) == 1 else None
 
 
 def _traced(
-    xs: Arrays, f: ManyFunction, cuts: tuple[Matricisation, ...], costs: Costs | None
+    xs: Arrays,
+    f: ManyFunction,
+    cuts: tuple[Matricisation, ...],
+    costs: Costs | None,
+    shardings: Shardings,
 ) -> Arrays:
     mesh = mesh_of(xs)
-    explicit, manual = mesh.explicit_axes, mesh.manual_axes
-    whole = by_compiler(functools.partial(_whole, f, cuts), xs)
-    if costs is None or (manual and not explicit):
-        # Inside a shard_map the compiler cannot ask; what it knows, it uses.
+    whole = by_compiler(functools.partial(on_matrices, f, cuts), xs)
+    if costs is None or (mesh.manual_axes and not mesh.explicit_axes):
+        # Inside a shard_map the compiler knows more of the axes that are left.
         return whole(*xs)
-    if explicit and (manual or not mesh.auto_axes):
+    if shardings is not None and not mesh.manual_axes:
+        called = _by_shardings(f, cuts, costs, shardings)
+    elif mesh.explicit_axes:
         called = _by_types(f, cuts, costs, mesh)
-    elif max(mesh.size, jax.device_count()) > 1:
-        called = by_compiler(_by_asking(f, cuts, costs), xs)
+    elif mesh.auto_axes and mesh.size > 1:
+        called = _by_constraints(f, cuts, costs, mesh)
     else:
         return whole(*xs)
 
@@ -65,12 +89,16 @@ def _traced(
 
     @batched.def_vmap
     def _(size, in_batched, *xs):
-        # One more axis in front of a leaf is one more batch axis of its matrices.
+        # One more leading axis of a leaf is one more batch axis of its matrices.
         del size
         moved = [
             c.behind_axis() if b else c for c, b in zip(cuts, in_batched, strict=True)
         ]
-        return _traced(xs, f, tuple(moved), costs), tuple(in_batched)
+        said = shardings and tuple(
+            jax.NamedSharding(s.mesh, P(None, *s.spec)) if b else s
+            for s, b in zip(shardings, in_batched, strict=True)
+        )
+        return _traced(xs, f, tuple(moved), costs, said), tuple(in_batched)
 
     # A derivative is whatever the compiler makes of that of the whole.
     divided = jax.custom_jvp(lambda *xs: batched(*xs))
@@ -78,7 +106,7 @@ def _traced(
     return divided(*xs)
 
 
-_compiled = jax.jit(_traced, static_argnums=(1, 2, 3))
+_compiled = jax.jit(_traced, static_argnums=(1, 2, 3, 4))
 
 
 def mesh_of(xs: Sequence[jax.Array]) -> jax.sharding.AbstractMesh:
@@ -100,23 +128,13 @@ def mesh_of(xs: Sequence[jax.Array]) -> jax.sharding.AbstractMesh:
     return next((m for m in meshes if not m.empty), meshes[0])
 
 
-def _whole(f: ManyFunction, cuts: Sequence[Matricisation], *xs: jax.Array) -> Arrays:
-    """Call `f` on the matrices of whole leaves."""
-    folded = [cut.fold(x) for cut, x in zip(cuts, xs, strict=True)]
-    results = iter(f([stack for stacks in folded for stack in stacks]))
-    return tuple(
-        cut.unfold([next(results) for _ in stacks], x.shape)
-        for cut, x, stacks in zip(cuts, xs, folded, strict=True)
-    )
-
-
 def by_compiler(
     g: Callable[..., Arrays], xs: Sequence[jax.Array]
 ) -> Callable[..., Arrays]:
     """Let the compiler shard what a function does, also where axes are explicit.
 
     Args:
-      g: maps leaves to as many; each result lies like its argument.
+      g: maps leaves to as many; each result is sharded like its argument.
       xs: what it will be called with.
 
     Returns:
@@ -135,8 +153,8 @@ def by_compiler(
         return g
 
     def called(*xs: jax.Array) -> Arrays:
-        lies = tuple(jax.typeof(x).sharding for x in xs)
-        return jax.sharding.auto_axes(g, axes=axes, out_sharding=lies)(*xs)
+        like = tuple(jax.typeof(x).sharding for x in xs)
+        return jax.sharding.auto_axes(g, axes=axes, out_sharding=like)(*xs)
 
     return called
 
@@ -149,78 +167,106 @@ def _by_types(
 ) -> Callable[..., Arrays]:
     """Divide the work as the types of the leaves say."""
 
-    def mapped(specs: Specs, names: set[str], *xs: jax.Array) -> Arrays:
-        sizes = {name: n for name, n in mesh.shape.items() if name in names}
-        work = _device_work(f, xs, cuts, specs, costs, sizes)
-        how = {"mesh": mesh, "axis_names": names, "check_vma": False}
-        return jax.shard_map(work, in_specs=specs, out_specs=specs, **how)(*xs)
-
     def called(*xs: jax.Array) -> Arrays:
         specs = tuple(jax.typeof(x).sharding.spec for x in xs)
         used = {name for spec in specs for axes in full_spec(spec, 0) for name in axes}
+        work = functools.partial(_mapped, f, cuts, costs, mesh, specs)
         try:
-            return mapped(specs, set(mesh.explicit_axes), *xs)
+            return work(set(mesh.explicit_axes), *xs)
         except ValueError:
             # An axis that a vmap goes over cannot be used, and nothing says which.
             if used == set(mesh.explicit_axes):
                 raise
-            return mapped(specs, used, *xs)
+            return work(used, *xs)
 
     return called
 
 
-def _device_work(
+def _by_shardings(
     f: ManyFunction,
-    shapes: Sequence[jax.Array | jax.ShapeDtypeStruct],
     cuts: Sequence[Matricisation],
-    specs: Specs,
     costs: Costs,
-    sizes: Mapping[str, int],
+    shardings: tuple[jax.NamedSharding, ...],
 ) -> Callable[..., Arrays]:
-    lays = layouts(shapes, cuts, specs, sizes)
-    plans = divided(lays, costs)
-    return lambda *own: tuple(carry_out(f, costs.split, own, lays, plans))
+    """Divide the work as the caller says that the leaves are sharded."""
+    mesh = shardings[0].mesh
+    specs = tuple(sharding.spec for sharding in shardings)
+    return functools.partial(_mapped, f, cuts, costs, mesh, specs, set(mesh.axis_names))
 
 
-def _by_asking(
-    f: ManyFunction, cuts: Sequence[Matricisation], costs: Costs
+def _mapped(
+    f: ManyFunction,
+    cuts: Sequence[Matricisation],
+    costs: Costs,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    specs: Specs,
+    names: set[str],
+    *xs: jax.Array,
+) -> Arrays:
+    sizes = {name: n for name, n in mesh.shape.items() if name in names}
+    known = layouts(xs, cuts, specs, sizes)
+    plans = divided(known, costs)
+
+    def work(*local: jax.Array) -> Arrays:
+        return tuple(carry_out(f, costs.split, local, known, plans))
+
+    return _shard_map(work, mesh, specs, names)(*xs)
+
+
+def _by_constraints(
+    f: ManyFunction,
+    cuts: Sequence[Matricisation],
+    costs: Costs,
+    mesh: jax.sharding.AbstractMesh,
 ) -> Callable[..., Arrays]:
-    """Divide the work as the compiler says that the leaves lie."""
-    whole = functools.partial(_whole, f, cuts)
+    """Divide stacks of matrices of one shape, however their leaves are sharded.
 
-    def partition(mesh, shapes, results):
-        del results
-        if mesh.empty:
-            raise ValueError(
-                "orthogonalise() cannot see how leaves lie on the devices: give them "
-                "jax.NamedShardings, or write Stacking(sharding=None)."
-            )
-        costs.check(jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names))
-        specs = [found_spec(x.sharding, x.shape, mesh) for x in shapes]
-        work = _device_work(f, shapes, cuts, specs, costs, mesh.shape)
-        lie = tuple(jax.NamedSharding(mesh, spec) for spec in specs)
-        return mesh, work, lie, lie
+    The compiler moves a stack from where it finds its leaves to the devices, and back.
+    """
+    names = costs.axes or mesh.auto_axes
+    devices = math.prod(mesh.shape[name] for name in names)
+    free = P.UNCONSTRAINED
 
-    def kept(mesh, shapes, results):
-        # For compilers before Shardy, which may know nothing yet of a leaf.
-        del results
-        everywhere = jax.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        return tuple(x.sharding or everywhere for x in shapes)
+    def called(*xs: jax.Array) -> Arrays:
+        lots: dict[Layout, list[int]] = {}
+        known = layouts(xs, cuts, [P()] * len(xs), {})
+        for i, layout in enumerate(known):
+            lots.setdefault(layout, []).append(i)
+        stacks, kept = [], []
+        for layout, members in lots.items():
+            # Several leaves are joined where they are; those of one may be anywhere.
+            first = None if len(members) > 1 else free
+            spec = P(first, *[free] * len(layout.whole))
+            kept.append(jax.NamedSharding(mesh, spec))
+            units = [layout.to_units(xs[i]) for i in members]
+            stack = _padded(jnp.concatenate(units), devices)
+            stacks.append(jax.lax.with_sharding_constraint(stack, kept[-1]))
+        work = functools.partial(on_matrices, f, [layout.unit for layout in lots])
+        specs = (P(names),) * len(stacks)
+        done = _shard_map(work, mesh, specs, set(mesh.auto_axes))(*stacks)
+        out = list(xs)
+        for (layout, members), keep, stack in zip(
+            lots.items(), kept, done, strict=True
+        ):
+            stack = jax.lax.with_sharding_constraint(stack, keep)
+            parts = of_leaves(stack, [layout] * len(members))
+            for i, part in zip(members, parts, strict=True):
+                out[i] = shard_alike(xs[i], layout.from_units(part))[1]
+        return tuple(out)
 
-    asked = custom_partitioning(lambda *xs: whole(*xs))
-    asked.def_partition(
-        partition,
-        infer_sharding_from_operands=kept,
-        decode_shardings=False,
-        sharding_rule=_elementwise,
-    )
-
-    return asked
+    return called
 
 
-def _elementwise(mesh, operands, results) -> str:
-    """Return the rule that every result lies like its operand."""
-    del mesh, results
-    names = (f"a{i}" for i in range(10**9))
-    terms = [" ".join(next(names) for _ in x.shape) for x in operands]
-    return f"{', '.join(terms)} -> {', '.join(terms)}"
+def _padded(units: jax.Array, devices: int) -> jax.Array:
+    """Return as many units as devices can share evenly."""
+    return jnp.pad(units, [(0, -len(units) % devices)] + [(0, 0)] * (units.ndim - 1))
+
+
+def _shard_map(
+    work: Callable[..., Arrays],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    specs: Specs,
+    names: set[str],
+) -> Callable[..., Arrays]:
+    how = {"mesh": mesh, "axis_names": names, "check_vma": False}
+    return jax.shard_map(work, in_specs=specs, out_specs=specs, **how)

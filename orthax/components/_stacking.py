@@ -8,8 +8,14 @@ from typing import Any, NamedTuple
 import jax
 
 from orthax.components._costs import Costs, Flops, Machine, Split, SplitFlops
-from orthax.components._division import Division, divided
-from orthax.components._layout import Axes, full_spec, named_layouts
+from orthax.components._division import Division, constrained, divided
+from orthax.components._layout import (
+    Axes,
+    full_spec,
+    leaf_shardings,
+    named_layouts,
+    shardings_of,
+)
 from orthax.components._stacked import call_in_place, call_joined
 from orthax.components._tree import Leaf
 
@@ -46,21 +52,27 @@ class Stacking:
         replicated leaves are divided where that saves time. Names of mesh axes (one, a
         tuple, a `PartitionSpec`, or a `NamedSharding` over them): the same, replicated
         leaves being divided over these axes and no others. None: left to the compiler.
+      shardings: how leaves are sharded, which a program cannot see on a mesh of
+        automatic axes: one for all or a tree like the parameters, of
+        `jax.NamedSharding`s, of `jax.P`s for the mesh of the leaves, or of arrays,
+        such as the sharded parameters themselves. Default: types say it on explicit
+        axes; on automatic ones the compiler moves stacks of matrices of one shape,
+        with two all-to-alls for leaves that are sharded over all devices along one
+        axis, an all-gather for replicated ones, and more for others.
       machine: the cost of moving and computing, by which plans are chosen.
 
     Raises:
       ValueError: if `max_bytes` is not positive or `sharding` names no axis; from
-        `map_matrices`, if `max_bytes` is smaller than one matrix, or `sharding` names
-        an axis that the mesh lacks or that a surrounding `shard_map` has taken.
+        `map_matrices`, if `max_bytes` is smaller than one matrix, `sharding` names an
+        axis that the mesh lacks or that a surrounding `shard_map` has taken, or
+        `shardings` lack a leaf, are on another mesh or do not divide a leaf evenly.
       TypeError: if an attribute is something else.
 
     Limits:
-      On axes that are not explicit, the plan is made when the program is compiled
-      (`jax.experimental.custom_partitioning`, which `jax.export` cannot serialise);
-      inside a `shard_map` over some of them the compiler is left to itself. An axis of
-      a leaf that it divides unevenly is gathered first. On a mesh of both kinds of
-      axes, one axis of a leaf may be sharded over one kind only: JAX forgets the other.
-      A derivative of the update is left to the compiler.
+      Inside a `shard_map` over some axes the others are left to the compiler. On a mesh
+      of both kinds of axes, without `shardings`, the automatic ones are, and one axis
+      of a leaf may be sharded over one kind only: JAX forgets the other. A derivative
+      of the update is left to the compiler.
 
     Example:
       >>> from orthax import components
@@ -72,6 +84,7 @@ class Stacking:
     sharding: str | Axes | jax.sharding.PartitionSpec | jax.NamedSharding | None = (
         "stack"
     )
+    shardings: Any = None
     machine: Machine = dataclasses.field(default_factory=Machine)
 
     def __post_init__(self):
@@ -90,6 +103,7 @@ class Stacking:
             raise TypeError(f"`machine` must be a Machine, got {self.machine!r}.")
         if self.sharding not in (None, "stack"):
             _axes(self.sharding)
+        object.__setattr__(self, "shardings", leaf_shardings(self.shardings))
 
     def costs(self, flops: Flops, split: Split | None = None) -> Costs | None:
         """Return what the work on many devices is divided by; None: it is not."""
@@ -101,6 +115,32 @@ class Stacking:
         if isinstance(self.sharding, jax.NamedSharding):
             mesh = tuple(self.sharding.mesh.shape.items())
         return Costs(self.machine, flops, split, _axes(self.sharding), mesh)
+
+    def known(
+        self, leaves: Sequence[Leaf], mesh: jax.sharding.AbstractMesh
+    ) -> tuple[jax.NamedSharding, ...] | None:
+        """Return how leaves are sharded where `shardings` say so, or None.
+
+        Args:
+          leaves: from `resolve`, those that are cut.
+          mesh: that their types name, or one without axes.
+
+        Raises:
+          ValueError: if they do not fit the leaves or the mesh.
+        """
+        if self.shardings is None or self.sharding is None:
+            return None
+        around = jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+        found = shardings_of(self.shardings, leaves, around)
+        named_layouts(leaves, found)
+        for leaf, sharding in zip(leaves, found, strict=True):
+            if not mesh.empty and dict(sharding.mesh.shape) != dict(mesh.shape):
+                raise ValueError(
+                    f"Leaf '{leaf.path}' is on a mesh with the axes "
+                    f"{dict(mesh.shape)}, but `shardings` say {sharding.spec} on one "
+                    f"with the axes {dict(sharding.mesh.shape)}."
+                )
+        return found
 
     def divisions(
         self,
@@ -131,8 +171,12 @@ class Stacking:
         costs = self.costs(flops, split_flops and Split(None, split_flops))
         if laid is None or costs is None:
             return []
-        names, sizes = zip(*laid[0].sizes, strict=True)
-        costs.check(jax.sharding.AbstractMesh(sizes, names))
+        named = [s for s in shardings if isinstance(s, jax.NamedSharding)]
+        mesh = named[0].mesh
+        costs.check(jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names))
+        automatic = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+        if automatic and self.shardings is None:
+            return constrained(laid, costs)
         return divided(laid, costs)
 
     def groups(

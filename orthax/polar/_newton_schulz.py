@@ -122,8 +122,8 @@ class NewtonSchulz:
             if self.gram is False or not self._gram_is_safe:
                 raise ValueError(
                     "`restarts` belongs to the Gram iteration and has no effect with "
-                    "gram=False, a `dtype`, a `tolerance` or a lower `precision`: leave it "
-                    "out."
+                    "gram=False, a `dtype`, a `tolerance` or a lower `precision`: "
+                    "leave it out."
                 )
             steps = len(self.coefficients)
             set_(self, "restarts", checked_restarts(self.restarts, steps))

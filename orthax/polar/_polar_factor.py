@@ -237,8 +237,8 @@ def _normalised(
 ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
     """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
 
-    The norm is summed three times at once, of the matrix as it is, blown up and shrunk,
-    because squares of entries beyond 1e19 or below 1e-23 would leave float32. The factor
+    The norm is summed three times at once, of the matrix as it is, scaled up and scaled
+    down: squares of entries beyond 1e19 or below 1e-23 would leave float32. The factor
     does not depend on the divisors: derivatives take them for constants. A matrix that
     is not finite is replaced by zero, so that no iteration ever meets one.
     """

@@ -11,9 +11,7 @@ def split_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     and more it makes no difference to a polar factor (`benchmarks/README.md`).
     """
     (a_high, a_low), (b_high, b_low) = _parts(a), _parts(b)
-    return (
-        _product(a_high, b_high) + _product(a_high, b_low) + _product(a_low, b_high)
-    )
+    return _product(a_high, b_high) + _product(a_high, b_low) + _product(a_low, b_high)
 
 
 def split_gram(x: jax.Array, wide: bool) -> jax.Array:

@@ -30,7 +30,8 @@ def explain(
       platform: where: `"cpu"`, `"gpu"`, `"tpu"`; default: where JAX computes now.
       shardings: one for all leaves, or a tree like `params`, of `jax.NamedSharding`s,
         also over a `jax.sharding.AbstractMesh` of devices that are not there, or of
-        `jax.P`s for the mesh around; default: those of `params`.
+        `jax.P`s for the mesh around; default: those of `params`. What `stacking` says
+        holds over them.
 
     Returns:
       A row for each leaf, and one for each stack that `orthogonalise` would make of
@@ -85,10 +86,10 @@ def explain(
     groups = stacking.groups([stack for _, stack in stacks], **how)
     found = tuple(_stack(group, stacks, method) for group in groups)
     if shardings is None:
-        lie = [getattr(leaf.value, "sharding", None) for leaf in leaves]
+        shardings = [getattr(leaf.value, "sharding", None) for leaf in leaves]
     else:
-        lie = _given(params, shardings)
-    shares = tuple(_shares(leaves, lie, method, stacking))
+        shardings = _given(params, shardings)
+    shares = tuple(_shares(leaves, shardings, method, stacking))
     unused = getattr(rule, "unused", lambda paths: ())([row.path for row in rows])
     return Explanation(rows, found, shares, method, platform, unused)
 
@@ -144,9 +145,11 @@ def _shares(
         for leaf, sharding in zip(leaves, shardings, strict=True)
         if leaf.decision and leaf.decision.cut
     ]
+    given = [leaf for leaf, _ in cut]
+    known = stacking.known(given, jax.sharding.get_abstract_mesh())
     plans = stacking.divisions(
-        [leaf for leaf, _ in cut],
-        [sharding for _, sharding in cut],
+        given,
+        known or [sharding for _, sharding in cut],
         flops=method.flops,
         split_flops=getattr(method, "split_flops", None),
     )

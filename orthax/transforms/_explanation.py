@@ -69,7 +69,7 @@ class Share(NamedTuple):
     """Leaves whose matrices are divided among devices in one way.
 
     Attributes:
-      plan: `"local"`, `"stack"`, `"spread"` or `"split"`: see `components.Division`.
+      plan: `"local"`, `"stack"`, `"split"` or `"compiler"`: see `components.Division`.
       paths: the leaves.
       shapes: shapes `(b, m, n)` of their matrices, all together.
       axes: mesh axes over which the work is divided.

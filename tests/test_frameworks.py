@@ -20,7 +20,7 @@ from flax import linen, nnx
 from flax.training import train_state
 
 import orthax
-from orthax import components
+from orthax import components, polar
 
 STEPS = 6
 WIDTH = 3
@@ -73,7 +73,7 @@ OPTIMISERS = {
         optimiser(orthax.orthogonal_lars, 0.05, trust_coefficient=1.0, momentum=0.5),
         flat,
     ),
-    "muon": (optimiser(orthax.muon, 0.05), flat),
+    "muon": (optimiser(orthax.muon, 0.05, method=polar.Auto()), flat),
     "normuon": (optimiser(orthax.normuon, 0.1), equal_components),
 }
 each_optimiser = pytest.mark.parametrize("name", OPTIMISERS)

@@ -492,7 +492,11 @@ def test_own_methods_are_welcome():
         (lambda: NS(tolerance=jnp.array(0.1)), TypeError, "Python number"),
         (lambda: NS(gram=True, tolerance=0.1), ValueError, "gram=False"),
         (lambda: NS(gram=True, dtype="bfloat16"), ValueError, "is amplified"),
-        (lambda: NS(gram=True, precision="default"), ValueError, "the highest `precision`"),
+        (
+            lambda: NS(gram=True, precision="default"),
+            ValueError,
+            "the highest `precision`",
+        ),
         (lambda: NS(restarts=(2,), tolerance=0.1), ValueError, "no effect"),
         (lambda: NS(gram=False, restarts=(2,)), ValueError, "no effect"),
         (lambda: NS(restarts=(0, 2)), ValueError, "between 1 and 6"),

@@ -1,6 +1,7 @@
 """Which stacks are worked on together, and that nothing shows but time and memory."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -71,8 +72,15 @@ def test_every_stack_is_in_one_group_and_fits_it(seed):
             _, m, n = stacks[i].shape
             joined = joins(stacks[i], how)
             assert group.joined == joined
-            assert turn == (how["commutes_with_transpose"] and joined and m > n)
+            other = (m > n) != (group.shape[1] > group.shape[2]) and m != n
+            assert turn == other
+            assert not turn or (how["commutes_with_transpose"] and joined)
             assert joined or (m, n) == group.shape[1:]
+        turned = sum(
+            stacks[i].shape[0] for i in itertools.compress(group.members, group.turned)
+        )
+        square = sum(b for b, m, n in shapes if m == n)
+        assert 2 * turned <= group.shape[0] - square
 
 
 @cases
@@ -280,7 +288,7 @@ def test_who_may_be_padded(platform):
     for method in (*OTHERS, Padded()):
         assert polar.joining(method, platform)["pad_bytes"] > 0
     same = polar.joining(Own(), platform) == polar.joining(Own(), "gpu")
-    assert same == (platform != "cpu")
+    assert same == (platform not in ("cpu", "tpu"))
 
 
 def test_methods_get_matrices_padded_only_where_they_say_so():
@@ -288,7 +296,7 @@ def test_methods_get_matrices_padded_only_where_they_say_so():
     plain, padded = Own(([],)), Padded(([],))
     for method in (plain, padded):
         update(grads, method)
-    assert {*plain.seen[0]} == {(1, 4, 6), (1, 4, 8), (1, 4, 9)}
+    assert {*plain.seen[0]} == {(1, 4, 6), (1, 8, 4), (1, 4, 9)}
     assert {*padded.seen[0]} == {(3, 4, 9)}
 
 
@@ -339,8 +347,7 @@ def test_one_artefact_for_every_platform():
     for platform in ("cuda", "tpu"):
         text = export(platform).mlir_module()
         assert "dot_general" in text
-        # These shapes are slim enough for a Gram iteration, whose loop is unrolled.
-        for foreign in ("lapack", "cholesky", "custom_call", "stablehlo.while"):
+        for foreign in ("lapack", "cholesky", "custom_call"):
             assert foreign not in text
     assert "lapack" in export("cpu").mlir_module()
     artefact = export("cpu", "cuda", "tpu")

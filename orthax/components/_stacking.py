@@ -187,7 +187,7 @@ class Stacking:
         join_bytes: int | None = None,
         pad_bytes: int = 0,
         stack_bytes: int | None = None,
-        loop_from: int = 2,
+        loop_from: int | None = 2,
     ) -> list[Group]:
         """Return which stacks share a call of a function, and how.
 
@@ -204,7 +204,8 @@ class Stacking:
             not a limit.
           loop_from: so many equal matrices that are not joined, or more, share one
             program that takes one at a time, which saves compilation and costs a little
-            time; fewer have a program for each stack.
+            time; fewer have a program for each stack. None: each stack has one, and
+            its matrices are taken one at a time.
 
         Returns:
           Every stack in one group.
@@ -216,21 +217,22 @@ class Stacking:
         for i, x in enumerate(stacks):
             _, m, n = x.shape
             join = join_bytes is None or _bytes_each(x) <= join_bytes
-            wide = m <= n or (commutes_with_transpose and join)
-            kind = (x.dtype.name, min(m, n), wide, join)
+            either = commutes_with_transpose and join
+            kind = (x.dtype.name, min(m, n), either or m <= n, join)
             kinds.setdefault(kind, {}).setdefault(max(m, n), []).append(i)
         groups = []
-        for (_, _, wide, join), lengths in sorted(kinds.items()):
+        for (_, _, _, join), lengths in sorted(kinds.items()):
             # Longer before shorter ones: each may take in those that follow.
             lots = [lot for _, lot in sorted(lengths.items(), reverse=True)]
             if join:
                 lots = self._padded(stacks, lots, pad_bytes)
             for lot in lots:
-                looped = not join and _count(stacks, lot) >= loop_from
-                for members in [lot] if join or looped else [[i] for i in lot]:
-                    wish = 0 if looped else stack_bytes if join else None
+                one_program = loop_from is not None and _count(stacks, lot) >= loop_from
+                alone = 0 if one_program or loop_from is None else None
+                wish = stack_bytes if join else alone
+                for members in [lot] if join or one_program else [[i] for i in lot]:
                     at_once = self._at_once(stacks, members, wish)
-                    groups.append(_group(stacks, members, wide, join, at_once))
+                    groups.append(_group(stacks, members, join, at_once))
         return groups
 
     def _padded(
@@ -339,15 +341,17 @@ def _count(
 def _group(
     stacks: Sequence[jax.Array | jax.ShapeDtypeStruct],
     members: Sequence[int],
-    wide: bool,
     joined: bool,
     at_once: int,
 ) -> Group:
-    sides = [stacks[i].shape[1:] for i in members]
-    short, long = sorted(sides[0])
-    shape = (short, long) if wide else (long, short)
-    turned = tuple(wide and m > n for m, n in sides)
-    count = _count(stacks, members)
+    """Return a group whose matrices are all as most of them are, tall or wide."""
+    shapes = [stacks[i].shape for i in members]
+    tall = sum(b for b, m, n in shapes if m > n)
+    wide = sum(b for b, m, n in shapes if m < n)
+    short, long = sorted(shapes[0][1:])
+    shape = (long, short) if tall > wide else (short, long)
+    turned = tuple(m > n if tall <= wide else m < n for _, m, n in shapes)
+    count = sum(b for b, *_ in shapes)
     return Group(tuple(members), turned, (count, *shape), joined, at_once)
 
 

@@ -21,16 +21,16 @@ def muon(
     adam_eps: float = 1e-8,
     adam_weight_decay: float = 0.0,
     momentum_dtype: Any | None = None,
-    method: polar.PolarMethod = polar.Auto(),
+    method: polar.PolarMethod = polar.Auto("fast"),
     rule: components.Rule = components.ByName(),
     stacking: components.Stacking = components.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Muon: momentum, then orthogonalisation, for matrices; AdamW for the rest.
 
-    As `optax.contrib.muon`, with the axes of every leaf from `rule` instead of
-    "two axes", and a polar factor instead of five inexact steps. With
-    `method=polar.NewtonSchulz(polar.JORDAN)` and two-dimensional leaves it computes
-    the same.
+    As `optax.contrib.muon`, with the axes of every leaf from `rule` instead of "two
+    axes", and five steps that bring singular values to within 0.2 of one, on CPU 0.05,
+    instead of 0.6. With `method=polar.NewtonSchulz(polar.JORDAN)` and two-dimensional
+    leaves it computes the same.
 
     Args:
       learning_rate: of the matrices, in spectral norm per step, times `scale`; a number
@@ -46,7 +46,7 @@ def muon(
       adam_weight_decay: decoupled decay of what is not cut, times its learning rate.
       momentum_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default
         that of the parameters.
-      method: how polar factors are computed.
+      method: how polar factors are computed; `polar.Auto()` for exact ones.
       rule: how leaves are cut; `ByName(attention="per_head")` cuts attention by head.
       stacking: how equal matrices are worked on together.
 
@@ -121,7 +121,7 @@ def normuon(
     adam_eps: float = 1e-8,
     adam_weight_decay: float = 0.0,
     momentum_dtype: Any | None = None,
-    method: polar.PolarMethod = polar.Auto(),
+    method: polar.PolarMethod = polar.Auto("fast"),
     rule: components.Rule = components.ByName(),
     stacking: components.Stacking = components.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
@@ -143,7 +143,7 @@ def normuon(
       adam_weight_decay: decoupled decay of what is not cut, times its learning rate.
       momentum_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default
         that of the parameters.
-      method: how polar factors are computed.
+      method: how polar factors are computed; `polar.Auto()` for exact ones.
       rule: how leaves are cut into matrices.
       stacking: how equal matrices are worked on together.
 
@@ -160,7 +160,7 @@ def normuon(
       >>> tx = orthax.normuon(0.1)
       >>> updates, _ = tx.update({"kernel": jnp.eye(2) * 9}, tx.init(params), params)
       >>> updates["kernel"].round(4).diagonal().tolist()
-      [-0.0283, -0.0283]
+      [-0.03, -0.03]
 
     References:
       Li et al.: "NorMuon: Making Muon more efficient and scalable", 2025, arXiv

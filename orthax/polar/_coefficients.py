@@ -180,8 +180,10 @@ def table_text(table: Table) -> str:
             return name
     if len({*table}) == 1:
         return f"({table[0]},) * {len(table)}"
-    if table == polar_express(steps=len(table)):
-        return f"polar_express(steps={len(table)})"
+    for options in ({}, {"safety": 0.02}):
+        if table == polar_express(steps=len(table), **options):
+            said = "".join(f", {name}={value}" for name, value in options.items())
+            return f"polar_express(steps={len(table)}{said})"
     return repr(table)
 
 

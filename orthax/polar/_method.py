@@ -86,6 +86,25 @@ def times(q: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     return matmul(q, x) if wide else matmul(x, q)
 
 
+def frobenius(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
+    """Return two numbers for every matrix whose product is its norm, or one for zero.
+
+    Of shape `(b, 1, 1)`; the second is NaN for a matrix that is not finite. The norm is
+    summed three times at once, of the matrix as it is, scaled up and scaled down: in
+    float32, squares of entries beyond 1e19 or below 1e-23 are out of range.
+    """
+    most = jnp.finfo(x.dtype).maxexp
+    scales = [1.0, 2.0 ** (5 * most // 8), 2.0 ** (-5 * most // 8)]
+    squares = [jnp.square(x.real * s) + jnp.square(x.imag * s) for s in scales]
+    sums = [jnp.sum(square, axis=(-2, -1), keepdims=True) for square in squares]
+    plain, small, large = over(axes, jax.lax.psum, sums)
+    cases = [plain < 2.0 ** (-most // 2), plain < 2.0 ** (3 * most // 4)]
+    square = jnp.select(cases, [small, plain], large)
+    scale = jnp.select(cases, [1 / s for s in (scales[1], scales[0])], 1 / scales[2])
+    norm = jnp.sqrt(jnp.where(square > 0, square, 1))
+    return scale.astype(norm.dtype), jnp.where(jnp.isfinite(large), norm, jnp.nan)
+
+
 def over(
     axes: tuple[str, ...], reduce: Callable[..., jax.Array], x: jax.Array
 ) -> jax.Array:

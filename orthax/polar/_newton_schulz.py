@@ -17,7 +17,13 @@ from orthax.polar._coefficients import (
     polar_express,
     table_text,
 )
-from orthax.polar._method import adjoint, check_positive_or_none, over, sides
+from orthax.polar._method import (
+    adjoint,
+    check_positive_or_none,
+    frobenius,
+    over,
+    sides,
+)
 from orthax.polar._split import split_gram, split_matmul
 
 # Aspect ratio from which the iteration on the small Gram matrix needs fewer
@@ -92,6 +98,7 @@ class NewtonSchulz:
       with restarts).
     """
 
+    any_scale: ClassVar[bool] = True
     fills_null_space: ClassVar[bool] = False
 
     coefficients: Sequence[Sequence[float]] = dataclasses.field(
@@ -141,12 +148,13 @@ class NewtonSchulz:
         return f"{type(self).__name__}({', '.join(said)})"
 
     def factor(self, x: jax.Array) -> jax.Array:
-        """Return the polar factors of a stack, `(b, m, n)`."""
+        """Return the polar factors of a stack, `(b, m, n)`, of any scale."""
         if self.dtype is not None and jnp.iscomplexobj(x):
             raise TypeError(
                 f"dtype={self.dtype!r} cannot hold complex matrices of dtype "
                 f"{x.dtype}: leave `dtype` out."
             )
+        x = _normalised(x)
         if self.tolerance is not None:
             return self._adaptive(x)
         if self._in_gram_space(*x.shape[-2:]):
@@ -165,6 +173,7 @@ class NewtonSchulz:
         In Gram space where that is safe, whatever the aspect ratio, with one sum over
         the devices a segment; else one a step.
         """
+        x = _normalised(x, axes)
         return self._gram(x, axes) if self._may_share_gram else self._direct(x, axes)
 
     def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int] | None:
@@ -322,9 +331,15 @@ class NewtonSchulz:
             i, _, done = state
             return (i < _MOST_STEPS) & ~jnp.all(done)
 
-        # False, since x is finite; under shard_map it must vary over devices like x.
-        not_done = jnp.any(jnp.isnan(x), axis=(-2, -1))
-        return jax.lax.while_loop(goes_on, step, (0, x, not_done))[1]
+        # A matrix that is not finite never arrives, and must not make the others wait.
+        hopeless = jnp.any(jnp.isnan(x), axis=(-2, -1))
+        return jax.lax.while_loop(goes_on, step, (0, x, hopeless))[1]
+
+
+def _normalised(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+    """Return matrices of norm one, zero, or NaN where one is not finite."""
+    scale, norm = frobenius(x, axes)
+    return x * (1 / scale) * (1 / norm)
 
 
 def _row(rows: Table, i: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:

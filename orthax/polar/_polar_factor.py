@@ -11,7 +11,13 @@ import jax.numpy as jnp
 from orthax.polar._auto import Auto
 from orthax.polar._checks import as_array, check_matrices, check_method
 from orthax.polar._decompose import eigh
-from orthax.polar._method import PolarMethod, adjoint, matmul, over, rank_tolerance
+from orthax.polar._method import (
+    PolarMethod,
+    adjoint,
+    frobenius,
+    matmul,
+    rank_tolerance,
+)
 from orthax.polar._svd import SVD
 
 Function = Callable[[jax.Array], jax.Array]
@@ -187,7 +193,9 @@ def _factors(
         )
         return lambda *xs: lifted(xs)
 
-    return jax.lax.platform_dependent(*xs, cpu=on("cpu"), default=on("other"))
+    return jax.lax.platform_dependent(
+        *xs, cpu=on("cpu"), tpu=on("tpu"), default=on("gpu")
+    )
 
 
 # Compiled once for each shape and method, also where polar_factor is called eagerly.
@@ -204,18 +212,21 @@ def joining(method: PolarMethod, platform: str) -> dict[str, bool | int | None]:
     Returns:
       The keywords of `components.Stacking.each`. On CPU a large matrix keeps the
       machine busy, joining would only copy, and one after another need less memory, in
-      loops where many would take long to compile; accelerators need many at once.
-      Padding saves calls and compilation, and is left to methods to which it makes no
-      difference.
+      loops where many would take long to compile. On a TPU a matrix that is worked on
+      alone stays in the 128 MiB of fast memory from its first step to its last, as do
+      stacks of smaller ones of up to 32 MiB. A GPU needs many at once. Padding saves
+      calls and compilation, and is left to methods to which it makes no difference.
 
     Example:
       >>> from orthax import polar
       >>> polar.joining(polar.QDWH(), "cpu")["pad_bytes"]
       0
     """
-    how = {"commutes_with_transpose": True, "pad_bytes": 2**22}
+    how = {"commutes_with_transpose": True, "pad_bytes": 2**18}
+    if platform == "tpu":
+        how |= {"join_bytes": 2**21, "stack_bytes": 2**25, "loop_from": None}
     if platform == "cpu":
-        how |= {"join_bytes": 2**18, "pad_bytes": 2**18}
+        how |= {"join_bytes": 2**18}
         how |= {"stack_bytes": 2**21, "loop_from": 4, "in_turn": True}
     if getattr(method, "fills_null_space", True):
         how["pad_bytes"] = 0
@@ -237,25 +248,14 @@ def _normalised(
 ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
     """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
 
-    The norm is summed three times at once, of the matrix as it is, scaled up and scaled
-    down: squares of entries beyond 1e19 or below 1e-23 would leave float32. The factor
-    does not depend on the divisors: derivatives take them for constants. A matrix that
-    is not finite is replaced by zero, so that no iteration ever meets one.
+    The factor does not depend on the divisors: derivatives take them for constants. A
+    matrix that is not finite is replaced by zero, so that no iteration ever meets one.
     """
-    most = jnp.finfo(x.dtype).maxexp
-    scales = [1.0, 2.0 ** (5 * most // 8), 2.0 ** (-5 * most // 8)]
-    squares = [jnp.square(x.real * s) + jnp.square(x.imag * s) for s in scales]
-    sums = [jnp.sum(square, axis=(-2, -1), keepdims=True) for square in squares]
-    plain, small, large = over(over_axes, jax.lax.psum, sums)
-    finite = jnp.isfinite(large)
-    cases = [plain < 2.0 ** (-most // 2), plain < 2.0 ** (3 * most // 4)]
-    square = jnp.select(cases, [small, plain], large)
-    scale = jnp.select(cases, [scales[1], scales[0]], scales[2])
-    norm = jnp.sqrt(jnp.where(finite & (square > 0), square, 1))
-    divisors = jax.lax.stop_gradient((1 / scale.astype(norm.dtype), norm))
+    divisors = jax.lax.stop_gradient(frobenius(x, over_axes))
+    finite = jnp.isfinite(divisors[1])
     x = jnp.where(finite, x, 0)
     for divisor in divisors:
-        x = x / divisor
+        x = x / jnp.where(finite, divisor, 1)
     return x, divisors, finite
 
 
@@ -276,7 +276,7 @@ def _derivative(x: jax.Array, dx: jax.Array) -> jax.Array:
     """
     unit, divisors, finite = _normalised(x)
     for divisor in divisors:
-        dx = dx / divisor
+        dx = dx / jnp.where(finite, divisor, 1)
     dx = jnp.where(finite, dx, 0)
     wide = x.shape[-2] < x.shape[-1]
     if wide:

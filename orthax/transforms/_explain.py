@@ -66,7 +66,7 @@ def explain(
       Worked on together on cpu by DWH(restart=True, polish=True):
       <BLANKLINE>
       stack          at once  leaves  dtype    MFLOP  MiB
-      1 x (16 x 72)  1        1       float32  0.213  0.00439
+      1 x (72 x 16)  1        1       float32  0.213  0.00439
       one update                               0.213  0.00439
     """
     polar.check_method(method)

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from benchmarks import (
+    compiled,
     contract,
     plots,
     polar,
@@ -23,6 +24,7 @@ from benchmarks import (
 
 KEYS = {
     "polar": polar.KEY,
+    "compiled": compiled.KEY,
     "contract": contract.KEY,
     "step": step.KEY,
     "sharded": sharded.KEY,
@@ -51,6 +53,7 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         "speed": speed.report(rows["speed"]),
         "tasks": tasks.report(rows["tasks"]),
         "training": training.report(rows["training"]),
+        "compiled": compiled.report(rows["compiled"]),
         "polar": tables.by_device(rows["polar"], polar.markdown),
         "contract": contract.markdown(rows["contract"]),
     }

@@ -6,7 +6,7 @@ own text (`costs.py`).
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -66,8 +66,12 @@ class Machine(NamedTuple):
 
     @property
     def layouts(self) -> tuple[str, ...]:
-        """How leaves may lie on it, by the type of the mesh's axes."""
-        return ("whole",) if self.count == 1 else ("explicit", "automatic")
+        """How it is known how leaves are sharded.
+
+        By their types, on explicit axes; from the caller, on automatic ones; or not.
+        """
+        several = ("explicit", "given", "automatic")
+        return ("whole",) if self.count == 1 else several
 
     def devices(self) -> list[Any]:
         """Return the chips as the compiler describes them."""
@@ -104,24 +108,16 @@ class Case(NamedTuple):
     arm: str
 
 
-Arm = Callable[[trees.Network], optax.GradientTransformation]
+Stacking = components.Stacking
+Arm = Callable[[trees.Network, Stacking], optax.GradientTransformation]
 ARMS: dict[str, Arm] = {
-    "default": lambda net: orthax.orthogonalise(rule=net.rule),
-    "fast": lambda net: orthax.orthogonalise(polar.Auto("fast"), rule=net.rule),
-    "muon": lambda net: orthax.muon(0.02, rule=net.rule),
-    "optax": lambda net: peers.optax_muon(net.params, net.rule),
+    "default": lambda net, s: orthax.orthogonalise(rule=net.rule, stacking=s),
+    "fast": lambda net, s: orthax.orthogonalise(
+        polar.Auto("fast"), rule=net.rule, stacking=s
+    ),
+    "muon": lambda net, s: orthax.muon(0.02, rule=net.rule, stacking=s),
+    "optax": lambda net, _: peers.optax_muon(net.params, net.rule),
 }
-
-
-def _arms(network: trees.Network, layout: str, lie: Any) -> Mapping[str, Arm]:
-    """Return the updates of a layout.
-
-    Args:
-      network: what is updated.
-      layout: one of `Machine.layouts`.
-      lie: the shardings of its leaves, for updates that are told them.
-    """
-    return ARMS
 
 
 def matrices(network: trees.Network) -> trees.Network:
@@ -174,9 +170,10 @@ def traced(case: Case, network: trees.Network) -> jax.stages.Traced:
     devices = np.array(machine.devices())
     mesh = jax.sharding.Mesh(devices, (_AXIS,), axis_types=(kind,))
     lie = shardings(network, mesh)
-    transform = _arms(network, case.layout, lie)[case.arm](network)
+    stacking = Stacking(shardings=lie if case.layout == "given" else None)
+    transform = ARMS[case.arm](network, stacking)
     state = jax.eval_shape(transform.init, network.params)
-    states = _beside(state, lie, jax.sharding.NamedSharding(mesh, P()))
+    states = beside(state, lie, jax.sharding.NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         update = jax.jit(
             lambda g, s: transform.update(g, s, g), out_shardings=(lie, states)
@@ -184,7 +181,7 @@ def traced(case: Case, network: trees.Network) -> jax.stages.Traced:
         return update.trace(_placed(network.params, lie), _placed(state, states))
 
 
-def _beside(state: Any, lie: Any, elsewhere: jax.sharding.Sharding) -> Any:
+def beside(state: Any, lie: Any, elsewhere: jax.sharding.Sharding) -> Any:
     """Return shardings of a state: what is kept of a leaf lies where the leaf does."""
     known = dict(jax.tree_util.tree_leaves_with_path(lie))
 

@@ -6,8 +6,8 @@ compiled in a process of its own, one after another, so that neither the time of
 compilation nor an abort of the compiler falls on it. Writes `results/compiled.csv` row
 by row; rows that are there already are left out (`--again`).
 
-Both compilers can share an environment and even a process (jax 0.10.2, libtpu 0.0.42.1,
-jax-cuda12-plugin 0.10.2); `--chips` chooses rows where there is only one of them.
+Both compilers come with `pip install -e ".[compilers]"` and can share an environment;
+`--chips` chooses rows where there is only one of them.
 """
 
 import argparse
@@ -28,6 +28,11 @@ from benchmarks.aot import ARMS, MACHINES, Case, Machine, measured
 
 KEY = ("chip", "layout", "tree", "arm")
 REFERENCE = "optax"
+AXES = {
+    "explicit": "explicit axes",
+    "given": "automatic axes, shardings given",
+    "automatic": "automatic axes",
+}
 # The smallest first.
 TREES: dict[str, Callable[[], trees.Network]] = {
     **{
@@ -43,20 +48,16 @@ TREES: dict[str, Callable[[], trees.Network]] = {
 
 
 class Compiler(NamedTuple):
-    """Where a compiler is found, what says its version, and how it is installed."""
+    """Where a compiler is found, and what says its version."""
 
     modules: tuple[str, ...]
     distribution: str
-    install: str
 
 
 COMPILERS = {
-    "tpu": Compiler(("libtpu",), "libtpu", 'pip install -e ".[compilers]"'),
+    "tpu": Compiler(("libtpu",), "libtpu"),
     "cuda": Compiler(
-        ("jax_plugins.xla_cuda12", "jax_cuda12_plugin"),
-        "jax-cuda12-plugin",
-        f'pip install "jax-cuda12-plugin=={jax.__version__}" '
-        f'"jax-cuda12-pjrt=={jax.__version__}" nvidia-cuda-nvcc-cu12',
+        ("jax_plugins.xla_cuda12", "jax_cuda12_plugin"), "jax-cuda12-plugin"
     ),
 }
 # Of the child's environment: no device is looked for, libtpu takes the machine for one
@@ -79,8 +80,8 @@ def missing(platform: str) -> str | None:
         return None
     chips = ", ".join(name for name, x in MACHINES.items() if x.platform == platform)
     return (
-        f"The compiler for {chips} is not installed: run `{compiler.install}` in an "
-        f"environment of its own or this one, or leave these out with --chips."
+        f"The compiler for {chips} is not installed: run `pip install -e "
+        f'".[compilers]"`, or leave these out with --chips.'
     )
 
 
@@ -157,7 +158,7 @@ def report(rows: Sequence[dict[str, str]]) -> str:
         for layout in machine.layouts:
             chosen = [r for r in rows if (r["chip"], r["layout"]) == (name, layout)]
             if chosen:
-                axes = f", {layout} axes" if machine.count > 1 else ""
+                axes = f", {AXES[layout]}" if machine.count > 1 else ""
                 parts += [
                     "<details>",
                     f"<summary>{machine.title}{axes}: the compiler's word</summary>",

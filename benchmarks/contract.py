@@ -38,14 +38,18 @@ BOUND = {
     "coupling": 3.3e-4,
     "null_norm": 3e-3,
 }
-METHODS = {"DWH()": polar.DWH(), "NewtonSchulz()": polar.NewtonSchulz()}
+HIGH = "NewtonSchulz(precision='high')"
+METHODS = {"DWH()": polar.DWH(), HIGH: polar.NewtonSchulz(precision="high")}
 # The default of accelerators promises to bring larger directions to within 1e-3 of one.
-LOOSER = {"NewtonSchulz()": {"kept_error": 10.0}}
+# Here its products are what they are there, sums of bfloat16 products in float32. They
+# use up to 35 % of what is promised of couplings, more than a third: the bound is half.
+LOOSER = {HIGH: {"kept_error": 10.0, "coupling": 1.5}}
 DTYPES = ("float32", "bfloat16")
 SHAPES = (
     (64, 4),
     (97, 97),
     (130, 128),
+    (700, 192),
     (1024, 10),
     (4000, 3),
     (4000, 8),
@@ -55,7 +59,7 @@ SHAPES = (
     (4608, 512),
 )
 # Where a search goes uphill: shapes whose float64 SVD takes milliseconds.
-CLIMBED = SHAPES[:7]
+CLIMBED = SHAPES[:8]
 KEY = ("method", "family", "dtype", "processor", "settings")
 
 

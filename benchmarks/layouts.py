@@ -1,4 +1,4 @@
-"""Networks on eight devices: where every leaf lies on the mesh."""
+"""Networks on eight devices: how every leaf is sharded on the mesh."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ NETWORKS: dict[str, Callable[[], trees.Network]] = {
 
 
 class Layout(NamedTuple):
-    """A mesh, and where a leaf lies on it."""
+    """A mesh, and how a leaf is sharded on it."""
 
     mesh: tuple[tuple[str, int], ...]
     spec: Callable[[components.Leaf], jax.sharding.PartitionSpec]
@@ -84,7 +84,12 @@ LAYOUTS = {
         (("data", DEVICES // _MODEL), ("model", _MODEL)), _projections
     ),
 }
-AXES = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Explicit}
+# On automatic axes a program knows shardings only where they are given to it.
+AXES = {
+    "auto": jax.sharding.AxisType.Auto,
+    "given": jax.sharding.AxisType.Auto,
+    "explicit": jax.sharding.AxisType.Explicit,
+}
 
 
 def shardings(network: trees.Network, layout: Layout, mesh: Any) -> Any:

@@ -123,10 +123,18 @@ def mesh(model: Model, devices: int) -> jax.sharding.AbstractMesh:
     tensor = 8 if devices > 8 else 1
     others = devices // tensor
     if not model.experts:
-        return jax.sharding.AbstractMesh((others, tensor), ("fsdp", "tensor"))
+        return explicit_mesh((others, tensor), ("fsdp", "tensor"))
     experts = math.gcd(model.experts, others)
     sizes = (experts, others // experts, tensor)
-    return jax.sharding.AbstractMesh(sizes, ("expert", "fsdp", "tensor"))
+    return explicit_mesh(sizes, ("expert", "fsdp", "tensor"))
+
+
+def explicit_mesh(
+    sizes: Sequence[int], names: Sequence[str]
+) -> jax.sharding.AbstractMesh:
+    """Return a mesh of axes on which types say how leaves are sharded."""
+    kinds = (jax.sharding.AxisType.Explicit,) * len(names)
+    return jax.sharding.AbstractMesh(tuple(sizes), tuple(names), axis_types=kinds)
 
 
 def shardings(model: Model, on: jax.sharding.AbstractMesh) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def alone(name: str, way: Way) -> Cost:
 
 
 def _everywhere(params: Any, devices: int) -> Any:
-    on = jax.sharding.AbstractMesh((devices,), ("data",))
+    on = published.explicit_mesh((devices,), ("data",))
     return jax.tree.map(lambda _: jax.NamedSharding(on, P()), params)
 
 
@@ -129,7 +129,8 @@ _HEAD = """\
 Nothing on this page has been measured. `python -m benchmarks.scaling` writes it:
 `orthax.explain` is asked what each device would do in one update of
 `orthax.orthogonalise()`, on a `jax.sharding.AbstractMesh` of devices that are not
-there, and answers with the plans that the same call would carry out on real ones.
+there, and answers with the plans that the same call would carry out on real ones, where
+types or `components.Stacking(shardings=...)` say how leaves are sharded.
 
 ![The update over the training step by the number of devices](scaling.png)
 """
@@ -171,12 +172,12 @@ def _says() -> str:
         for name in MODELS
     ]
     return f"""\
-- As long as there are many more matrices than devices, the work is divided evenly
-  (see **evenness**), and the share of a training step hardly depends on the number of
-  devices.
-- Beyond, one whole matrix for one device is the floor: the update takes as long on
-  4,096 devices as on the first mesh with as many devices as matrices, while a
-  training step of as many tokens goes on shrinking.
+- As long as there are many more matrices of each shape than devices, the work is
+  divided evenly (see **evenness**), and the share of a training step hardly depends on
+  the number of devices.
+- Beyond, one whole matrix of each shape for one device is the floor: the update takes
+  as long on 4,096 devices as on the first mesh with as many devices as matrices of a
+  shape, while a training step of as many tokens goes on shrinking.
 - At its worst in these tables the update takes, of a training step:
   {"; ".join(most[: len(MODELS)])} in float32, {"; ".join(most[len(MODELS) :])} in
   bfloat16.
@@ -197,7 +198,7 @@ def _assumptions() -> str:
   training step; {exact.bandwidth / 1e9:g} GB/s that it sends while it receives as
   many, the same to every other device; {exact.latency * 1e6:g} microseconds for a
   collective. Nothing overlaps.
-- **Methods**: the default on a GPU or TPU, `NewtonSchulz()` with
+- **Methods**: the default on a GPU, `{EXACT.method}` with
   {len(EXACT.method.coefficients)} steps, and `Auto("fast")`, with
   {len(FAST.method.coefficients)} steps on rounded factors.
 - **Matrices** are float32, and so is what is sent. All layers are one leaf with a

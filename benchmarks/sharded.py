@@ -20,6 +20,7 @@ import orthax
 from benchmarks import hlo, peers, progress, tables, timing, trees
 from benchmarks.layouts import AXES, DEVICES, LAYOUTS, NETWORKS, Layout, shardings
 from orthax import components, polar
+from orthax.components import Stacking
 
 KEY = ("tree", "layout", "axes", "update", *tables.DEVICE)
 _FAKE = "--xla_force_host_platform_device_count"
@@ -36,24 +37,27 @@ class Entry(NamedTuple):
     Where `planned`, `explain` says what each device does.
     """
 
-    make: Callable[[trees.Network], optax.GradientTransformation]
+    make: Callable[[trees.Network, Stacking], optax.GradientTransformation]
     method: polar.PolarMethod
     planned: bool = False
 
 
 def _ours(method: polar.PolarMethod) -> Entry:
-    return Entry(lambda net: orthax.orthogonalise(method, rule=net.rule), method, True)
+    def make(net: trees.Network, stacking: Stacking) -> optax.GradientTransformation:
+        return orthax.orthogonalise(method, rule=net.rule, stacking=stacking)
+
+    return Entry(make, method, True)
 
 
 UPDATES = {
     "orthogonalise(NewtonSchulz())": _ours(polar.NewtonSchulz()),
     "orthogonalise()": _ours(polar.Auto()),
     peers.OPTAX: Entry(
-        lambda net: peers.optax_muon(net.params, net.rule),
+        lambda net, _: peers.optax_muon(net.params, net.rule),
         polar.NewtonSchulz(polar.JORDAN, gram=False),
     ),
     peers.SVD_PER_LEAF: Entry(
-        lambda net: peers.per_leaf(peers.svd, net.rule), polar.SVD()
+        lambda net, _: peers.per_leaf(peers.svd, net.rule), polar.SVD()
     ),
 }
 
@@ -71,7 +75,7 @@ def compiled(
 ) -> Program:
     """Trace, lower and compile an update, with nothing remembered from before.
 
-    Updates lie where the gradients do. The state is made inside of the program: no
+    Updates are sharded like the gradients. The state is made inside of the program: no
     momentum is read or written.
     """
     names, sizes = zip(*layout.mesh, strict=True)
@@ -87,7 +91,7 @@ def compiled(
         network.params,
         lies,
     )
-    transform = entry.make(network)
+    transform = entry.make(network, _stacking(axes, lies))
 
     def update(grads: Any) -> Any:
         return transform.update(grads, transform.init(grads), grads)[0]
@@ -106,11 +110,15 @@ def compiled(
     return Program(program, shapes, dict(zip(stages, spent, strict=True)))
 
 
+def _stacking(axes: str, lies: Any) -> Stacking:
+    return Stacking(shardings=lies if axes == "given" else None)
+
+
 def row(
     entry: Entry, network: trees.Network, layout: Layout, axes: str, runs: int
 ) -> tables.Row:
     """Return what an update does on each device, or why it cannot be compiled."""
-    found = _whole(entry, network) | _plan(entry, network, layout)
+    found = _whole(entry, network) | _plan(entry, network, layout, axes)
     try:
         program = compiled(entry, network, layout, axes)
     except Exception as error:
@@ -145,14 +153,22 @@ def _whole(entry: Entry, network: trees.Network) -> tables.Row:
     return {"undivided_gflop": flops / 1e9, "matrices_mib": size / 2**20}
 
 
-def _plan(entry: Entry, network: trees.Network, layout: Layout) -> tables.Row:
+def _plan(
+    entry: Entry, network: trees.Network, layout: Layout, axes: str
+) -> tables.Row:
     """Return what `explain` says that each device does."""
     if not entry.planned:
         return {}
     names, sizes = zip(*layout.mesh, strict=True)
-    lies = shardings(network, layout, jax.sharding.AbstractMesh(sizes, names))
+    kinds = (AXES[axes],) * len(names)
+    mesh = jax.sharding.AbstractMesh(sizes, names, axis_types=kinds)
+    lies = shardings(network, layout, mesh)
     shares = orthax.explain(
-        network.params, network.rule, method=entry.method, shardings=lies
+        network.params,
+        network.rule,
+        method=entry.method,
+        stacking=_stacking(axes, lies),
+        shardings=lies,
     ).shares
     return {
         "plan": ", ".join(dict.fromkeys(share.plan for share in shares)),
@@ -267,6 +283,8 @@ def cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
         for layout in args.layouts
         for update in args.updates
         for axes in args.axes
+        # What optax does with the shardings that it is given is the compiler's.
+        if axes != "given" or UPDATES[update].planned
     ]
     return [case for case in asked if missing(case)]
 

@@ -2,11 +2,12 @@
 
 Data parallel, fully sharded (FSDP), tensor parallel, and the last two together, on a
 mesh of eight devices that a CPU pretends to be. A layout is one function from a leaf to
-its `PartitionSpec`, here `_spec`; the optimiser is that of one device and told nothing:
-orthax divides its work as the leaves lie.
+its `PartitionSpec`, here `_spec`; the optimiser is that of one device, and divides its
+work as the parameters are sharded.
 
-With `--axis-types explicit` the types of arrays say where they lie. The model, which
-knows of no mesh, runs under `jax.sharding.auto_axes`; the optimiser needs none of that.
+With `--axis-types explicit` the types of arrays say how that is. The model, which knows
+of no mesh, runs under `jax.sharding.auto_axes`; the optimiser needs none of that. With
+`--axis-types auto` a program cannot see it: the optimiser is told the specs.
 
 The same program runs on several hosts, here two of four devices each, in two shells:
 
@@ -44,6 +45,7 @@ from examples.training.optimisers import (
     Optimiser,
     make_optimiser,
 )
+from orthax.components import Stacking
 
 Layout = Literal["data", "fsdp", "tensor", "fsdp_tensor"]
 AxisTypes = Literal["explicit", "auto"]
@@ -324,14 +326,16 @@ def make_program(config: Config, mesh: jax.sharding.Mesh) -> Program:
     sizes = GPTConfig(
         vocabulary, config.context, config.depth, config.heads, config.width
     )
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: GPT(sizes, rngs=nnx.Rngs(0))))
+    auto = config.axis_types == "auto"
     optimiser = make_optimiser(
         config.optimiser,
         config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         method=config.method,
+        stacking=Stacking(shardings=specs(params, config) if auto else None),
     )
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: GPT(sizes, rngs=nnx.Rngs(0))))
 
     def initialise(key: jax.Array) -> State:
         params = nnx.split(GPT(sizes, rngs=nnx.Rngs(key)))[1]
@@ -358,7 +362,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh) -> Program:
 
     def step(state: State, tokens: jax.Array) -> tuple[State, jax.Array]:
         value, grads = jax.value_and_grad(loss)(state.params, tokens)
-        # Gradients lie like their parameters: summed where they are needed.
+        # Gradients are sharded like their parameters: summed where they are needed.
         grads = jax.lax.with_sharding_constraint(grads, at_rest.params)
         updates, after = optimiser.update(grads, state.optimiser, state.params)
         return State(optax.apply_updates(state.params, updates), after), value
@@ -455,8 +459,8 @@ def describe(config: Config, params: Any) -> str:
     if config.optimiser in WITHOUT_METHOD:
         return f"{config.optimiser} takes no polar factors: nothing to divide"
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    plan = orthax.explain(params, method=METHODS[config.method], shardings=shardings)
-    return str(plan)
+    stacking = Stacking(shardings=shardings)
+    return str(orthax.explain(params, method=METHODS[config.method], stacking=stacking))
 
 
 def main(arguments: Sequence[str] | None = None) -> Run:

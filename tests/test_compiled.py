@@ -287,7 +287,7 @@ def test_every_tree_is_known_to_the_other_benchmarks():
 @pytest.mark.parametrize("arm", aot.ARMS)
 def test_an_arm_is_a_whole_update(arm):
     network = aot.matrices(compiled.TREES["resnet20"]())
-    transform = aot._arms(network, "whole", None)[arm](network)
+    transform = aot.ARMS[arm](network, aot.Stacking())
     zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), network.params)
     state = jax.eval_shape(transform.init, zeros)
     updates, new = jax.eval_shape(transform.update, zeros, state, zeros)
@@ -316,8 +316,10 @@ def test_leaves_and_what_is_kept_of_them_lie_alike():
         assert shape[axis] % 4 == 0
         assert shape[axis] == max(n for n in shape if n % 4 == 0)
     whole = jax.sharding.NamedSharding(mesh, aot.P())
-    state = jax.eval_shape(aot.ARMS["muon"](network).init, network.params)
-    found = aot._beside(state, lie, whole)
+    state = jax.eval_shape(
+        aot.ARMS["muon"](network, aot.Stacking()).init, network.params
+    )
+    found = aot.beside(state, lie, whole)
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True)
     split = [where for leaf, where in pairs if leaf.ndim]
     assert sorted(map(str, split)) == sorted(map(str, jax.tree.leaves(lie)))
@@ -328,7 +330,7 @@ def test_leaves_and_what_is_kept_of_them_lie_alike():
 
 @pytest.mark.parametrize(
     ("chip", "command"),
-    [("v5e-4", r'pip install -e "\.\[compilers\]"'), ("h100", "jax-cuda12-plugin==")],
+    [(chip, r'pip install -e "\.\[compilers\]"') for chip in ("v5e-4", "h100")],
 )
 def test_a_missing_compiler_is_named_with_what_to_install(chip, command, monkeypatch):
     monkeypatch.setattr(compiled, "_there", lambda module: False)
@@ -425,14 +427,14 @@ def ran(tmp_path, monkeypatch):
 
 def test_a_run_goes_on_where_it_stopped(ran, tmp_path):
     first = ran("--arms", "fast")
-    assert [case.layout for case in first] == ["explicit", "automatic"]
+    assert [case.layout for case in first] == ["explicit", "given", "automatic"]
     second = ran()
-    assert len(second) == 6
+    assert len(second) == 9
     assert not set(first) & set(second)
     assert ran() == []
-    assert len(ran("--again")) == 8
+    assert len(ran("--again")) == 12
     rows = tables.read(tmp_path / "compiled.csv")
-    assert len(rows) == 8
+    assert len(rows) == 12
     assert {row["compiler"] for row in rows} == {"libtpu 1.2"}
 
 

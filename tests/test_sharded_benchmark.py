@@ -140,7 +140,7 @@ def test_a_compiled_program_of_known_work_is_counted():
     assert found.sent == 20 * 2 * size * 3 / 4 + size / 2 + size
 
 
-# ------------------------------------------------------------------------ where it lies
+# -------------------------------------------------------------------- how it is sharded
 
 
 network_of = functools.cache(lambda tree: NETWORKS[tree]())
@@ -210,7 +210,8 @@ def test_a_row_says_what_every_device_does(run):
     rows, text = run("--layouts", "FSDP", "--updates", NEWTON_SCHULZ, peers.OPTAX)
     ours = [row for row in rows if row["update"] == NEWTON_SCHULZ]
     theirs = {row["axes"]: row for row in rows if row["update"] == peers.OPTAX}
-    assert [row["axes"] for row in ours] == ["auto", "explicit"]
+    assert [row["axes"] for row in ours] == ["auto", "given", "explicit"]
+    assert [row["plan"] for row in ours] == ["compiler", "stack", "stack"]
     method = polar.NewtonSchulz()
     stack, matrix = 8 * 16 * 32 * 4, 32 * 64 * 4
     for row in ours:
@@ -239,7 +240,7 @@ def test_a_row_says_what_every_device_does(run):
     assert text.count("not yet run") == 2 * len(sharded.NETWORKS)
     assert "`python -m benchmarks.sharded --run --trees resnet50`" in text
     shown = [line for line in text.splitlines() if NEWTON_SCHULZ in line]
-    assert len(shown) == 2
+    assert len(shown) == 3
     assert all("4 all-to-all" in line for line in shown)
 
 
@@ -324,7 +325,7 @@ def test_meshes_have_as_many_devices_as_they_should():
 def test_the_cost_of_an_update_is_what_can_be_counted_by_hand():
     method, machine = polar.NewtonSchulz(), components.Machine(1e12, 1e9, 1e-3)
     way = scaling.Way("", "", method, machine)
-    mesh = jax.sharding.AbstractMesh((8,), ("fsdp",))
+    mesh = published.explicit_mesh((8,), ("fsdp",))
     params = {"x": published.leaf(16, 256, 512)}
     shardings = {"x": {"kernel": jax.NamedSharding(mesh, P(None, "fsdp"))}}
     found = scaling.cost(params, shardings, way)
@@ -354,7 +355,7 @@ def test_the_page_on_scaling_is_what_the_script_writes(tmp_path):
     scaling.main(["--no-plots", "--page", str(tmp_path / "docs" / "page.md")])
     written = (tmp_path / "docs" / "page.md").read_text()
     assert written == scaling.PAGE.read_text(), "run python -m benchmarks.scaling"
-    assert written.count("| 4,096 |") == 2 * len(published.MODELS)
+    assert written.count("\n| 4,096 |") == 2 * len(published.MODELS)
     assert not (tmp_path / "docs" / "page.png").exists()
 
 

@@ -105,9 +105,9 @@ def test_every_layout_trains_as_one_device(layout, axis_types, monkeypatch, caps
         (like,) = (y for name, y in lie.items() if path.endswith("/" + name))
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
 
-    # The optimiser's: there and back. Tensor parallel: two for each half of a block,
-    # one for the gradients.
-    assert run.collectives.get("all-to-all", 0) == (0 if layout == "data" else 2)
+    # The optimiser's: there and back, for four kinds of kernels: queries, keys and
+    # values; what their heads give; up; down.
+    assert run.collectives.get("all-to-all", 0) == (0 if layout == "data" else 8)
     if layout == "data":
         assert set(run.collectives) == {"all-reduce"}
     if layout == "tensor":
@@ -120,7 +120,7 @@ def test_every_layout_trains_as_one_device(layout, axis_types, monkeypatch, caps
     assert f"loss of step {STEPS}: {run.losses[-1]:.6f}" in printed
 
 
-def test_what_normuon_keeps_lies_like_its_parameter():
+def test_what_normuon_keeps_is_sharded_like_its_parameter():
     tx = make_optimiser("normuon", 0.01, momentum=0.9, weight_decay=0.0)
     params = {"up": {"kernel": jax.ShapeDtypeStruct((32, 128), "float32")}}
     found = sharded.optimiser_specs(tx, params, config(layout="fsdp_tensor"))

@@ -75,6 +75,7 @@ def make_optimiser(
     b2: float = 0.999,
     method: Method | Literal[""] = "auto",
     layers: Layers = "all",
+    stacking: components.Stacking = components.Stacking(),
 ) -> optax.GradientTransformation:
     """Return the optimiser of a name.
 
@@ -91,12 +92,14 @@ def make_optimiser(
       b2: of the Adam family.
       method: how polar factors are taken, where they are.
       layers: of which layers.
+      stacking: how equal matrices are worked on together.
     """
     decay = optax.add_decayed_weights(weight_decay)
     sgd = optax.sgd(learning_rate, momentum)
     adam = optax.adam(learning_rate, momentum, b2)
     taken = METHODS.get(method, polar.Auto())
-    options = {"weight_decay": weight_decay, "method": taken, "rule": RULES[layers]}
+    how = {"method": taken, "rule": RULES[layers], "stacking": stacking}
+    options = {"weight_decay": weight_decay, **how}
     match name:
         case "sgd":
             return optax.chain(decay, sgd)
@@ -107,7 +110,7 @@ def make_optimiser(
         case "orthogonal_sgd":
             return orthax.orthogonal_sgd(learning_rate, momentum, **options)
         case "sgd_orthogonal":
-            factors = orthax.orthogonalise(taken, rule=RULES[layers])
+            factors = orthax.orthogonalise(**how)
             rate = optax.scale_by_learning_rate(learning_rate)
             return optax.chain(optax.trace(momentum), factors, decay, rate)
         case "adam":

@@ -10,7 +10,7 @@ import jax
 from orthax.components._layout import Axes
 
 Flops = Callable[[int, int], float]
-SplitFlops = Callable[[int, int, int], tuple[float, int] | None]
+SplitFlops = Callable[[int, int, int], tuple[float, int, int] | None]
 
 
 class Split(NamedTuple):
@@ -19,8 +19,9 @@ class Split(NamedTuple):
     Attributes:
       work: called as `work(x, axes)` inside a `shard_map` with what a device has of a
         stack `(b, m, n / devices)`, m <= n, whose columns are sharded over mesh axes.
-      flops: called as `flops(m, n, devices)`; the operations of each device, and how
-        many m x m matrices are summed over them; or None where it cannot be.
+      flops: called as `flops(m, n, devices)`; the operations of each device, how many
+        m x m matrices are summed over them, and how often a few numbers are; or None
+        where it cannot be.
     """
 
     work: Callable[[jax.Array, Axes], jax.Array]

@@ -10,10 +10,6 @@ from orthax.components._layout import Axes, Layout
 # Share of time that another plan than a stack for each shape must save.
 _GAIN = 0.1
 
-# All-reduces of single numbers where devices share a matrix: its largest entry, and its
-# norm or what is decided by it.
-_NUMBERS = 2
-
 
 class Division(NamedTuple):
     """Leaves whose matrices are divided among the devices in one way.
@@ -89,20 +85,23 @@ def constrained(layouts: Sequence[Layout], costs: Costs) -> list[Division]:
         names = costs.axes or tuple(name for name, _ in layout.sizes)
         devices = layout.parts(names)
         whole = math.prod(layout.whole) * layout.dtype.itemsize
-        count = sum(len(lot.members) for lot in lots)
-        count *= math.prod(layout.shape[i] for i in layout.batch)
+        members = tuple(sorted(i for lot in lots for i in lot.members))
+        count = len(members) * math.prod(layout.shape[i] for i in layout.batch)
         share = -(-count // devices)
         sent, moved = 0, ("compiler's choice",)
         part = share * whole * (devices - 1)
         specs = {tuple(filter(None, lot.layout.spec)) for lot in lots}
         if specs == {()}:
             sent, moved = part, ("all-gather",)
+            summed = 2 * count * whole * (devices - 1) // devices
+            if len(members) == 1 and summed <= part:
+                # XLA's choice for one leaf that is padded.
+                sent, moved = summed, ("all-reduce",)
         elif len(lots) == 1 and specs <= {(names,)}:
             if layout.exchanged:
                 sent, moved = 2 * part // devices, ("all-to-all", "all-to-all")
-            elif len(lots[0].members) == 1 and count % devices == 0:
+            elif len(members) == 1 and count % devices == 0:
                 sent, moved = 0, ()
-        members = tuple(sorted(i for lot in lots for i in lot.members))
         flops = share * lots[0].flops
         seconds = costs.seconds(flops, sent, len(moved))
         plans.append(
@@ -178,11 +177,11 @@ def _split(lot: _Lot, costs: Costs) -> list[Division]:
         shared = costs.split.flops(m, n, devices) if devices > 1 else None
         if shared is None or n % devices:
             continue
-        each, sums = shared
+        each, sums, numbers = shared
         moved = _moved(layout, layout.on(layout.short), divided, lot.count * lot.bytes)
         gram = m * m * max(4, layout.dtype.itemsize)
         sent = 2 * lot.count * sums * gram * (devices - 1) // devices
-        moved = moved[0] + sent, (*moved[1], *["all-reduce"] * (sums + _NUMBERS))
+        moved = moved[0] + sent, (*moved[1], *["all-reduce"] * (sums + numbers))
         plans.append(_plan("split", lot, divided, lot.count * each, moved, costs))
     return plans
 

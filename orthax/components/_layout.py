@@ -176,14 +176,14 @@ class LeafShardings(tuple):
         return f"<shardings of {len(self)} leaves>"
 
 
-def leaf_shardings(tree: Any) -> LeafShardings | jax.sharding.Sharding | P | None:
+def leaf_shardings(tree: Any) -> LeafShardings | jax.NamedSharding | P | None:
     """Return what says how leaves are sharded: one thing for all, or by path.
 
     Raises:
       TypeError: for a leaf that says nothing.
     """
     kinds = jax.sharding.Sharding | P
-    if tree is None or isinstance(tree, kinds | LeafShardings):
+    if tree is None or isinstance(tree, jax.NamedSharding | P | LeafShardings):
         return tree
     leaves = jax.tree_util.tree_leaves_with_path(
         tree, is_leaf=lambda leaf: isinstance(leaf, kinds)
@@ -192,17 +192,18 @@ def leaf_shardings(tree: Any) -> LeafShardings | jax.sharding.Sharding | P | Non
     for path, leaf in leaves:
         sharding = leaf if isinstance(leaf, kinds) else getattr(leaf, "sharding", None)
         if not isinstance(sharding, jax.NamedSharding | P):
+            found = leaf if sharding is None else sharding
+            where = f" for '{path_string(path)}'" if path else ""
             raise TypeError(
                 "`shardings` must be jax.NamedShardings, jax.Ps or arrays that have "
-                f"one, got {leaf!r} of type {type(leaf).__name__} for "
-                f"'{path_string(path)}'."
+                f"one, got {found!r} of type {type(found).__name__}{where}."
             )
         pairs.append((path_string(path), sharding))
     return LeafShardings(pairs)
 
 
 def shardings_of(
-    shardings: LeafShardings | jax.sharding.Sharding | P,
+    shardings: LeafShardings | jax.NamedSharding | P,
     leaves: Sequence[Leaf],
     mesh: jax.sharding.AbstractMesh,
 ) -> tuple[jax.NamedSharding, ...]:

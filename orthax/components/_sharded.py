@@ -1,12 +1,14 @@
 """Work on the matrices of leaves wherever they are: on one device or on many."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.shard_alike import shard_alike
+from jax.experimental.xla_metadata import set_xla_metadata
 
 from orthax.components._costs import Costs
 from orthax.components._division import divided
@@ -19,6 +21,7 @@ P = jax.sharding.PartitionSpec
 Specs = Sequence[P]
 # Of every leaf, where the caller says them.
 Shardings = tuple[jax.NamedSharding, ...] | None
+_number = itertools.count()
 
 
 def over_devices(
@@ -45,7 +48,8 @@ def over_devices(
       ValueError: if `costs` name axes that the mesh lacks, or that are taken.
     """
     if costs is not None:
-        costs.check(mesh_of(xs))
+        mesh = mesh_of(xs)
+        costs.check(shardings[0].mesh if shardings and mesh.empty else mesh)
     if any(isinstance(x, jax.core.Tracer) for x in xs):
         return _traced(xs, f, cuts, costs, shardings)
     if all(len(x.sharding.device_set) == 1 for x in xs):
@@ -251,10 +255,18 @@ def _by_constraints(
             stack = jax.lax.with_sharding_constraint(stack, keep)
             parts = of_leaves(stack, [layout] * len(members))
             for i, part in zip(members, parts, strict=True):
-                out[i] = shard_alike(xs[i], layout.from_units(part))[1]
+                out[i] = _sharded_like(xs[i], layout.from_units(part))
         return tuple(out)
 
     return called
+
+
+def _sharded_like(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return `y`, sharded as the compiler finds `x`."""
+    # JAX lowers equal calls once, which would make all leaves of one shape alike: a
+    # number, of which the program shows nothing, tells them apart.
+    with set_xla_metadata(pair=str(next(_number))):
+        return shard_alike(x, y)[1]
 
 
 def _padded(units: jax.Array, devices: int) -> jax.Array:

@@ -83,7 +83,9 @@ class Auto:
             default=self.on("other", x.dtype).factor,
         )
 
-    def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int] | None:
+    def split_flops(
+        self, m: int, n: int, devices: int
+    ) -> tuple[float, int, int] | None:
         """Return what the method of the default platform answers."""
         return self.on(jax.default_backend()).split_flops(m, n, devices)
 

@@ -110,8 +110,11 @@ class DWH:
         """Return what a device has of the factors of matrices with sharded columns."""
         return self._factor(x, axes)
 
-    def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int]:
-        """Return the operations of each device, and the sums over all of them."""
+    def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int, int]:
+        """Return the operations of each device, and the sums over all of them.
+
+        Of matrices, and of numbers: the largest entry, and whether to begin again.
+        """
         short, long = sides(m, n)
         straight, restarted = map(len, self._plans("float32"))
         # Of k x k matrices: an inverse and two products a step, a few less, the polish.
@@ -123,7 +126,7 @@ class DWH:
                 anew = short <= _ROWS < long / devices < _LONG
                 grams, small = grams + anew, small + 2
         thin = 2.0 * (grams + passes) * short**2 * long / devices
-        return thin + 2.0 * small * short**3, grams
+        return thin + 2.0 * small * short**3, grams, 1 + self.restart
 
     def _plans(self, dtype: jax.typing.DTypeLike) -> "tuple[list[_Weights], ...]":
         """Return the steps without and with a restart."""

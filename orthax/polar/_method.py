@@ -20,8 +20,8 @@ class PolarMethod(Protocol):
     padded. Two methods may follow, for several devices that share the long side of one
     matrix: `factor_split(x, axes)`, called inside `jax.shard_map` with what a device
     has of the columns, sharded over the named mesh axes; and `split_flops(m, n,
-    devices)`, the operations of each device and how often an m x m matrix is summed
-    over them, or None where it cannot be.
+    devices)`, the operations of each device, how often an m x m matrix is summed over
+    them, and how often a few numbers are, or None where it cannot be.
     """
 
     def factor(self, x: jax.Array) -> jax.Array:
@@ -97,7 +97,7 @@ def frobenius(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.
     scales = [1.0, 2.0 ** (5 * most // 8), 2.0 ** (-5 * most // 8)]
     squares = [jnp.square(x.real * s) + jnp.square(x.imag * s) for s in scales]
     sums = [jnp.sum(square, axis=(-2, -1), keepdims=True) for square in squares]
-    plain, small, large = over(axes, jax.lax.psum, sums)
+    plain, small, large = over(axes, jax.lax.psum, jnp.stack(sums))
     cases = [plain < 2.0 ** (-most // 2), plain < 2.0 ** (3 * most // 4)]
     square = jnp.select(cases, [small, plain], large)
     scale = jnp.select(cases, [1 / s for s in (scales[1], scales[0])], 1 / scales[2])

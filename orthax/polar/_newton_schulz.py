@@ -31,7 +31,7 @@ from orthax.polar._split import split_gram, split_matmul
 _GRAM_ASPECT = 1.5
 # Short side from which `precision="high"` splits the factors of products. Smaller
 # matrices cost launches, not operations, and average less rounding away.
-_SPLIT_FROM = 128
+_SPLIT_FROM = 192
 # Most steps of an adaptive run: enough for a condition number of 1e7 in float32.
 _MOST_STEPS = 24
 
@@ -58,7 +58,7 @@ class NewtonSchulz:
       precision: `jax.lax.Precision` or its name, of every product; default the highest.
         `"high"` means the same on every platform for float32: factors of products are
         split into two bfloat16 numbers, 16 bits, for half the operations of the
-        highest on tensor cores and matrix units; with a short side below 128 it is the
+        highest on tensor cores and matrix units; with a short side below 192 it is the
         highest. Elsewhere, and for other dtypes, it is what XLA makes of it.
       tolerance: stop each matrix when $\|A^2 - A\|_F \leq$ `tolerance`
         $\sqrt{\mathrm{tr} A}$, $A = X X^H$, which holds for rank-deficient matrices
@@ -176,13 +176,18 @@ class NewtonSchulz:
         x = _normalised(x, axes)
         return self._gram(x, axes) if self._may_share_gram else self._direct(x, axes)
 
-    def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int] | None:
-        """Return the operations of each device, and the sums over all of them."""
+    def split_flops(
+        self, m: int, n: int, devices: int
+    ) -> tuple[float, int, int] | None:
+        """Return the operations of each device, and the sums over all of them.
+
+        Of matrices, and of numbers: three at once, for the norm.
+        """
         if self.tolerance is not None:
             return None
         if self._may_share_gram:
-            return self._gram_flops(m, n, devices), len(self._segments())
-        return self._direct_flops(m, n, devices), len(self.coefficients)
+            return self._gram_flops(m, n, devices), len(self._segments()), 1
+        return self._direct_flops(m, n, devices), len(self.coefficients), 1
 
     def _direct_flops(self, m: int, n: int, devices: int) -> float:
         short, long = sides(m, n)

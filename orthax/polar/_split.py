@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def split_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the product of two stacks by three products of their parts.
 
-    The fourth, of the two low parts, is left out: for matrices with short sides of 128
+    The fourth, of the two low parts, is left out: for matrices with short sides of 192
     and more it makes no difference to a polar factor (`benchmarks/README.md`).
     """
     (a_high, a_low), (b_high, b_low) = _parts(a), _parts(b)

@@ -146,7 +146,9 @@ def _shares(
         if leaf.decision and leaf.decision.cut
     ]
     given = [leaf for leaf, _ in cut]
-    known = stacking.known(given, jax.sharding.get_abstract_mesh())
+    named = [s for _, s in cut if isinstance(s, jax.NamedSharding)]
+    mesh = named[0].mesh.abstract_mesh if named else jax.sharding.get_abstract_mesh()
+    known = stacking.known(given, mesh)
     plans = stacking.divisions(
         given,
         known or [sharding for _, sharding in cut],

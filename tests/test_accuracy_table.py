@@ -21,6 +21,8 @@ FLOOR = 1e-5
 # CANS has no margin at its upper end, where a matrix of rank one lies: there its five
 # slopes multiply the rounding of the norm by 4e4.
 CANS_AT_THE_EDGE = 2e-2
+# A single number, whose square is rounded to eight bits once in every step.
+HALF_AT_THE_EDGE = 2.0**-7
 # The part of an error that a polynomial leaves differs by less than this.
 POLYNOMIAL_MARGIN = 1.25
 POLYNOMIAL_FROM = 2e-2
@@ -47,6 +49,8 @@ def measured(method, cases):
 
 def floor(method, case):
     edge = case in ("one row", "one column", "rank one")
+    if edge and "bfloat16" in method:
+        return HALF_AT_THE_EDGE
     return CANS_AT_THE_EDGE if edge and method == "NewtonSchulz(CANS)" else FLOOR
 
 

@@ -344,7 +344,7 @@ class NewtonSchulz:
 def _normalised(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     """Return matrices of norm one, zero, or NaN where one is not finite."""
     scale, norm = frobenius(x, axes)
-    return x * (1 / scale) * (1 / norm)
+    return x / scale / norm
 
 
 def _row(rows: Table, i: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:

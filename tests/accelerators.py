@@ -7,7 +7,6 @@ and may abort. Prints one JSON object for each program.
 import collections
 import functools
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,18 +17,11 @@ import numpy as np
 import optax
 
 import orthax
-from benchmarks import aot
+from benchmarks import aot, costs
 from orthax import low_rank, nn, polar, transforms
 from orthax.components import ByName, Stacking
 
 P = jax.sharding.PartitionSpec
-COLLECTIVES = (
-    "all-to-all",
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "collective-permute",
-)
 METHODS = {
     "Auto": polar.Auto(),
     "Auto fast": polar.Auto("fast"),
@@ -195,16 +187,6 @@ def sharded(mesh: jax.sharding.Mesh, given: bool) -> Iterator[tuple[Program, Any
         )
 
 
-def called(text: str) -> dict[str, int]:
-    counts: collections.Counter[str] = collections.Counter()
-    for line in text.splitlines():
-        for name in COLLECTIVES:
-            if found := re.search(rf" {name}(?:-start)?\((.*?)\)", line):
-                joined = len(found[1].split(", ")) if name == "all-reduce" else 1
-                counts[name] += joined
-    return dict(counts)
-
-
 def on_one(chip: str) -> Iterator[dict[str, Any]]:
     """Yield what became of every program for one chip."""
     devices = np.array(aot.MACHINES[chip].devices()[:1])
@@ -243,7 +225,10 @@ def outcome(
             compiled = jax.jit(call).lower(*arguments).compile()
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
-    row: dict[str, Any] = {"error": None, "called": called(compiled.as_text())}
+    row: dict[str, Any] = {
+        "error": None,
+        "called": dict(costs.read(compiled.as_text()).collectives),
+    }
     if shardings is not None:
         # The updates, in the order of the parameters.
         pairs = zip(

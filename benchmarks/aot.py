@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 import orthax
 from benchmarks import costs, layouts, peers, tables, trees
-from orthax import components, polar
+from orthax import components, execution, polar
 
 P = jax.sharding.PartitionSpec
 _AXIS = "data"
@@ -108,7 +108,7 @@ class Case(NamedTuple):
     arm: str
 
 
-Stacking = components.Stacking
+Stacking = execution.Stacking
 Arm = Callable[[trees.Network, Stacking], optax.GradientTransformation]
 ARMS: dict[str, Arm] = {
     "default": lambda net, s: orthax.orthogonalise(rule=net.rule, stacking=s),

@@ -19,7 +19,7 @@ import jax
 import orthax
 from benchmarks import progress, published, tables
 from benchmarks.published import MODELS, P
-from orthax import components, polar
+from orthax import components, execution, polar
 
 PAGE = tables.HERE.parent / "docs" / "scaling.md"
 RULE = components.ByPath([("kernel", components.Matricisation((-2,), (-1,)))])
@@ -35,15 +35,15 @@ class Way(NamedTuple):
     name: str
     products: str
     method: polar.PolarMethod
-    machine: components.Machine
+    machine: execution.Machine
 
 
-EXACT = Way("the default", "float32", polar.Auto().on("gpu"), components.Machine())
+EXACT = Way("the default", "float32", polar.Auto().on("gpu"), execution.Machine())
 FAST = Way(
     '`Auto("fast")`',
     "bfloat16",
     polar.Auto("fast").on("gpu"),
-    components.Machine(flops=PEAK * USED),
+    execution.Machine(flops=PEAK * USED),
 )
 
 
@@ -62,7 +62,7 @@ class Cost(NamedTuple):
 
 def cost(params: Any, lies: Any, way: Way) -> Cost:
     """Return what `explain` says of an update."""
-    stacking = components.Stacking(machine=way.machine)
+    stacking = execution.Stacking(machine=way.machine)
     shares = orthax.explain(
         params,
         RULE,
@@ -111,7 +111,7 @@ def pays_from(bandwidth: float, devices: int, way: Way) -> int | None:
     There are as many square matrices as devices, their side a power of two.
     """
     machine = way._replace(
-        machine=components.Machine(way.machine.flops, bandwidth, way.machine.latency)
+        machine=execution.Machine(way.machine.flops, bandwidth, way.machine.latency)
     )
     for power in range(4, 16):
         params = {"x": published.leaf(devices, 2**power, 2**power)}
@@ -130,7 +130,7 @@ Nothing on this page has been measured. `python -m benchmarks.scaling` writes it
 `orthax.explain` is asked what each device would do in one update of
 `orthax.orthogonalise()`, on a `jax.sharding.AbstractMesh` of devices that are not
 there, and answers with the plans that the same call would carry out on real ones, where
-types or `components.Stacking(shardings=...)` say how leaves are sharded.
+types or `execution.Stacking(shardings=...)` say how leaves are sharded.
 
 ![The update over the training step by the number of devices](scaling.png)
 """
@@ -193,7 +193,7 @@ def _percent(name: str, devices: int, way: Way) -> float:
 def _assumptions() -> str:
     exact, fast = EXACT.machine, FAST.machine
     return f"""\
-- **Device** (`components.Machine`, its defaults): {exact.flops / 1e12:g} TFLOP/s in
+- **Device** (`execution.Machine`, its defaults): {exact.flops / 1e12:g} TFLOP/s in
   float32, {fast.flops / 1e12:g} where products are in bfloat16, at the rate of the
   training step; {exact.bandwidth / 1e9:g} GB/s that it sends while it receives as
   many, the same to every other device; {exact.latency * 1e6:g} microseconds for a
@@ -290,7 +290,7 @@ def _bandwidths() -> str:
     for name, model in MODELS.items():
         cells = []
         for bandwidth in _BANDWIDTHS:
-            machine = components.Machine(bandwidth=bandwidth)
+            machine = execution.Machine(bandwidth=bandwidth)
             each = update(name, devices, EXACT._replace(machine=machine))
             cells.append(f"{each.seconds / step(model, devices) * 100:.2f}")
         body.append([name, *cells])

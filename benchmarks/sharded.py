@@ -20,7 +20,7 @@ import orthax
 from benchmarks import hlo, peers, progress, tables, timing, trees
 from benchmarks.layouts import AXES, DEVICES, LAYOUTS, NETWORKS, Layout, shardings
 from orthax import components, polar
-from orthax.components import Stacking
+from orthax.execution import Stacking
 
 KEY = ("tree", "layout", "axes", "update", *tables.DEVICE)
 _FAKE = "--xla_force_host_platform_device_count"

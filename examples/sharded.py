@@ -45,7 +45,7 @@ from examples.training.optimisers import (
     Optimiser,
     make_optimiser,
 )
-from orthax.components import Stacking
+from orthax.execution import Stacking
 
 Layout = Literal["data", "fsdp", "tensor", "fsdp_tensor"]
 AxisTypes = Literal["explicit", "auto"]

@@ -7,11 +7,13 @@ from types import ModuleType
 from orthax import (
     components as components,
     diagnostics as diagnostics,
+    execution as execution,
     low_rank as low_rank,
     optimisers as optimisers,
     polar as polar,
     transforms as transforms,
 )
+from orthax.execution import explain as explain
 from orthax.optimisers import (
     muon as muon,
     normuon as normuon,
@@ -22,7 +24,6 @@ from orthax.optimisers import (
 from orthax.polar import polar_factor as polar_factor
 from orthax.transforms import (
     combine_tasks as combine_tasks,
-    explain as explain,
     normalise as normalise,
     normalise_components as normalise_components,
     orthogonalise as orthogonalise,

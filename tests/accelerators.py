@@ -19,7 +19,8 @@ import optax
 import orthax
 from benchmarks import aot, costs
 from orthax import low_rank, nn, polar, transforms
-from orthax.components import ByName, Stacking
+from orthax.components import ByName
+from orthax.execution import Stacking
 
 P = jax.sharding.PartitionSpec
 METHODS = {

@@ -8,6 +8,7 @@ import orthax
 from orthax import (
     components,
     diagnostics,
+    execution,
     low_rank,
     nn,
     optimisers,
@@ -18,6 +19,7 @@ from orthax import (
 ROOMS = {
     "polar": polar,
     "components": components,
+    "execution": execution,
     "transforms": transforms,
     "optimisers": optimisers,
     "diagnostics": diagnostics,
@@ -37,7 +39,15 @@ NAMES_AT_THE_ROOT = [
     *("polar_factor", "orthogonalise", "orthogonalize", "explain", "scale_by_shape"),
     *("normalise", "normalise_components", "muon", "normuon"),
     *("orthogonal_sgd", "orthogonal_adam", "orthogonal_lars"),
-    *("polar", "components", "transforms", "optimisers", "diagnostics", "low_rank"),
+    *(
+        "polar",
+        "components",
+        "execution",
+        "transforms",
+        "optimisers",
+        "diagnostics",
+        "low_rank",
+    ),
 ]
 each = pytest.mark.parametrize("name", PUBLIC)
 each_function = pytest.mark.parametrize("name", FUNCTIONS)

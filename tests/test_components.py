@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from orthax import components
-from orthax.components import ByName, ByPath, Matricisation, Stacking, map_matrices
+from orthax.components import ByName, ByPath, Matricisation
+from orthax.execution import Stacking, Work, map_matrices
 
 CUTS = {
     "dense": ((4, 6), Matricisation((0,), (1,)), [(1, 4, 6)]),
@@ -126,7 +127,7 @@ def test_equal_shapes_make_one_call():
         ((5, 4, 6), "float32"),
     ]
     calls = []
-    map_matrices(record(calls), tree, rule, commutes_with_transpose=True)
+    map_matrices(Work(record(calls), commutes_with_transpose=True), tree, rule)
     assert sorted(calls) == [((1, 4, 6), "bfloat16"), ((6, 4, 6), "float32")]
     assert jax.tree.all(jax.tree.map(lambda x, y: (y == 2 * x).all(), tree, out))
 
@@ -141,9 +142,8 @@ def test_stacked_equals_leaf_by_leaf(turn, limit):
         for i, shape in enumerate([(4, 6), (6, 4), (4, 6), (2, 3), (3, 2), (4, 6)])
     }
     f = lambda x: x / jnp.linalg.norm(x, axis=(1, 2), keepdims=True)  # noqa: E731
-    out = map_matrices(
-        f, tree, commutes_with_transpose=turn, stacking=Stacking(max_bytes=limit)
-    )
+    work = Work(f, commutes_with_transpose=turn)
+    out = map_matrices(work, tree, stacking=Stacking(max_bytes=limit))
     for name, x in tree.items():
         assert np.allclose(out[name], x / np.linalg.norm(x), atol=1e-6)
 

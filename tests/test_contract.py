@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import orthax
-from orthax import components, polar, transforms
+from orthax import components, execution, polar, transforms
 
 STEPS = 3
 SHAPES = {
@@ -832,7 +832,7 @@ def test_injected_numbers_act_and_can_be_changed(row):
     settings = {
         "method": polar.NewtonSchulz(polar.JORDAN, gram=False),
         "rule": rule,
-        "stacking": components.Stacking(max_bytes=64),
+        "stacking": execution.Stacking(max_bytes=64),
     }
     of_oracle = {"factor": polynomial(polar.JORDAN)}
     if "momentum_dtype" in row.factory.__kwdefaults__:
@@ -877,7 +877,7 @@ SKIP = {"rule": components.ByName(skip=("conv",))}
     [
         (
             orthax.orthogonalise,
-            {**JORDAN, **SKIP, "stacking": components.Stacking(max_bytes=64)},
+            {**JORDAN, **SKIP, "stacking": execution.Stacking(max_bytes=64)},
             on_matrices(polynomial(polar.JORDAN)),
         ),
         (
@@ -1423,11 +1423,11 @@ def test_bad_rule(make, rule, message):
 
 @factories(WITH_METHOD)
 def test_bad_stacking(make):
-    with pytest.raises(TypeError, match=r"`stacking` must be a components.Stacking"):
+    with pytest.raises(TypeError, match=r"`stacking` must be a execution.Stacking"):
         make(stacking=4)
     # That a good one arrives shows where it cannot be obeyed.
     params, grads, *_ = trees()
-    tx = make(stacking=components.Stacking(max_bytes=1))
+    tx = make(stacking=execution.Stacking(max_bytes=1))
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"max_bytes=1\) is smaller than one [34] x"):
         jax.eval_shape(tx.update, grads, state, params)

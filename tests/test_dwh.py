@@ -13,7 +13,7 @@ import pytest
 from matrices import factor, gaussian, to_double, with_spectrum
 
 import orthax
-from orthax import components, polar
+from orthax import components, execution, polar
 from orthax.polar._decompose import positive_definite_inverse
 from orthax.polar._dwh import _polish, _weights
 from orthax.polar._method import gram
@@ -274,13 +274,13 @@ def test_derivative_on_many_stacks_is_that_of_every_stack(x64):
     xs = [gaussian(2 * 6, 4).reshape(2, 6, 4), gaussian(4, 7), gaussian(5, 4, seed=1)]
     xs += [with_spectrum(6, 4, [1.0]), np.zeros((4, 6)), np.full((6, 4), np.nan)]
     weights = [gaussian(x.size, 1, seed=9).reshape(x.shape) for x in xs]
-    each = components.Stacking().each
 
     def weighted(outs):
         return [jnp.vdot(w, out) for w, out in zip(weights, outs, strict=True)]
 
     def together(xs):
-        return weighted(polar.polar_factors(xs, DWH(), each))
+        rule = components.ByPath([("", components.Matricisation((-2,), (-1,)))])
+        return weighted(execution.map_matrices(execution.Factors(DWH()), xs, rule))
 
     def apart(xs):
         return weighted([orthax.polar_factor(x, polar.SVD()) for x in xs])
@@ -305,7 +305,7 @@ def test_six_shapes_in_one_program_do_not_deadlock():
         from orthax import polar
         xs = [jax.random.normal(jax.random.key(i), (4, 150 + 9 * i, 80 + 9 * i))
               for i in range(6)]
-        plain = lambda xs: polar.polar_factors(xs, polar.DWH())
+        plain = lambda xs: [polar.polar_factor(x, polar.DWH()) for x in xs]
         for f in (plain, jax.vmap(plain)):
             f = jax.jit(f)
             for _ in range(9):

@@ -15,7 +15,14 @@ import pytest
 from flax import linen
 
 import orthax
-from orthax import __main__ as report, _self_check, components, polar, transforms
+from orthax import (
+    __main__ as report,
+    _self_check,
+    components,
+    execution,
+    polar,
+    transforms,
+)
 from orthax.components import ByName, ByPath, Matricisation
 from orthax.polar import NewtonSchulz
 
@@ -101,10 +108,10 @@ MISTAKES = {
     "bytes for the stacking": (
         lambda: orthax.orthogonalise(stacking=2**20),
         TypeError,
-        ("got 1048576", "components.Stacking(max_bytes=1048576)"),
+        ("got 1048576", "execution.Stacking(max_bytes=1048576)"),
     ),
     "bytes in a float": (
-        lambda: components.Stacking(1e9),
+        lambda: execution.Stacking(1e9),
         TypeError,
         ("got 1000000000.0", "Write 1000000000."),
     ),
@@ -346,7 +353,7 @@ PRINTED = [
     ByName(attention="heads", stacked=("layers", ("experts", 1)), skip=("head",)),
     ByPath([("bias", None), ("kernel", Matricisation((0,), (1,)))]),
     components.OnlyConvolutions(ByName()),
-    components.Stacking(2**20, ("data",)),
+    execution.Stacking(2**20, ("data",)),
     transforms.OSGD((1, 0), "total"),
 ]
 # Given a model, from whose modules it is made: more than anybody types.
@@ -354,7 +361,7 @@ NOT_TYPED = {"orthax.components.FromModel"}
 
 
 def evaluated(text):
-    spaces = (vars(room) for room in (components, polar, transforms))
+    spaces = (vars(r) for r in (components, execution, polar, transforms))
     names = {name: value for space in spaces for name, value in space.items()}
     return eval(text, names)
 

@@ -15,7 +15,7 @@ import pytest
 from flax import linen, nnx
 from layers import Cut
 
-from orthax import components
+from orthax import components, execution
 from orthax.components import ByName, ByPath
 
 
@@ -475,7 +475,7 @@ def resolving(rule):
         return optax.EmptyState()
 
     def update(updates, state, params=None):
-        return components.map_matrices(lambda x: 2 * x, updates, rule), state
+        return execution.map_matrices(lambda x: 2 * x, updates, rule), state
 
     return optax.GradientTransformation(init, update)
 

@@ -14,11 +14,12 @@ ROOT = pathlib.Path(__file__).parents[1] / "orthax"
 ALLOWED = {
     "polar": {"jax"},
     "components": {"jax"},
-    "transforms": {"jax", "polar", "components", "optax"},
-    "low_rank": {"jax", "polar", "components", "optax"},
+    "execution": {"jax", "polar", "components", "optax"},
+    "transforms": {"jax", "polar", "components", "execution", "optax"},
+    "low_rank": {"jax", "polar", "components", "execution", "optax"},
     "diagnostics": {"jax", "polar", "components"},
     "nn": {"jax", "polar", "flax"},
-    "optimisers": {"jax", "transforms", "components", "polar", "optax"},
+    "optimisers": {"jax", "transforms", "execution", "components", "polar", "optax"},
     # `python -m orthax`, outside of the house.
     "__main__": {"jax", "polar", "_self_check", "__version__"},
     "_self_check": {"jax", "polar"},

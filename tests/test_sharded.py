@@ -22,7 +22,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec as
 import orthax
 from benchmarks import hlo
 from orthax import components, polar, transforms
-from orthax.components import Machine, Matricisation, Stacking
+from orthax.components import Matricisation
+from orthax.execution import Machine, Stacking
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
 # How a program knows where leaves are: by their types, from the caller, or not at all.
@@ -415,7 +416,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 for kind in ("explicit", "auto", "unsaid"):
     axes = (AxisType.Explicit if kind == "explicit" else AxisType.Auto,)
     rows = NamedSharding(jax.make_mesh((8,), ("x",), axis_types=axes), P("x"))
-    stacking = orthax.components.Stacking(shardings=rows if kind == "auto" else None)
+    stacking = orthax.execution.Stacking(shardings=rows if kind == "auto" else None)
     method = orthax.polar.NewtonSchulz(orthax.polar.polar_express(1e-2, 2))
     tx = orthax.orthogonalise(method, stacking=stacking)
     leaf = jax.ShapeDtypeStruct((16, 24), jnp.float32, sharding=rows)

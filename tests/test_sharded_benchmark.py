@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import hlo, layouts, peers, published, report, scaling, sharded, tables
 from benchmarks.layouts import LAYOUTS, NETWORKS, P
-from orthax import components, polar
+from orthax import components, execution, polar
 
 # ------------------------------------------------------------------- counting in a text
 
@@ -323,7 +323,7 @@ def test_meshes_have_as_many_devices_as_they_should():
 
 
 def test_the_cost_of_an_update_is_what_can_be_counted_by_hand():
-    method, machine = polar.NewtonSchulz(), components.Machine(1e12, 1e9, 1e-3)
+    method, machine = polar.NewtonSchulz(), execution.Machine(1e12, 1e9, 1e-3)
     way = scaling.Way("", "", method, machine)
     mesh = published.explicit_mesh((8,), ("fsdp",))
     params = {"x": published.leaf(16, 256, 512)}

@@ -12,21 +12,22 @@ import pytest
 from matrices import factor, with_spectrum
 
 import orthax
-from orthax import components, polar
-from orthax.components import Stacking
+from orthax import components, execution, polar
+from orthax.execution import Stacking, Work
+from orthax.execution._batches import Limits, batches_of, call, limits_of
 
 SHAPE = jax.ShapeDtypeStruct
 cases = pytest.mark.parametrize("seed", range(80))
 
 
 def drawn(seed):
-    """Return stacks of random shapes, a random way to group them, and their groups."""
+    """Return stacks of random shapes, a random way to join them, and their batches."""
     rng = np.random.default_rng(seed)
     how = {
         "commutes_with_transpose": bool(rng.integers(2)),
         "join_bytes": [None, 0, 96, 200][rng.integers(4)],
         "pad_bytes": [0, 64, 300, 2**30][rng.integers(4)],
-        "stack_bytes": [None, 1, 400][rng.integers(3)],
+        "batch_bytes": [None, 1, 400][rng.integers(3)],
         "loop_from": int(rng.integers(2, 6)),
     }
     stacks = []
@@ -34,7 +35,20 @@ def drawn(seed):
         sides = map(int, rng.choice([1, 2, 3, 4, 6, 8, 12], 2))
         dtype = rng.choice(["float32", "bfloat16", "complex64"])
         stacks.append(SHAPE((int(rng.integers(1, 4)), *sides), jnp.dtype(dtype)))
-    return stacks, how, Stacking().groups(stacks, **how)
+    return stacks, how, batched(stacks, **how)
+
+
+def batched(stacks, f=abs, *, commutes_with_transpose=False, max_bytes=None, **limits):
+    """Return the batches of stacks."""
+    work = Work(
+        f, commutes_with_transpose=commutes_with_transpose, zeros_for_zeros=True
+    )
+    return batches_of(stacks, work, Limits(**limits), max_bytes)
+
+
+def each(f, stacks, *, in_turn=False, **how):
+    """Call a function on every batch of stacks."""
+    return call(f, batched(stacks, **how), in_turn, stacks)
 
 
 def joins(stack, how):
@@ -50,7 +64,7 @@ def kind(stack, how):
 
 def oriented(stacks, group):
     """Return every member's `(b, m, n)` as it stands in the group."""
-    for i, turn in zip(group.members, group.turned, strict=True):
+    for i, turn in zip(group.members, group.transposed, strict=True):
         b, m, n = stacks[i].shape
         yield (b, n, m) if turn else (b, m, n)
 
@@ -68,7 +82,7 @@ def test_every_stack_is_in_one_group_and_fits_it(seed):
         assert {min(m, n) for _, m, n in shapes} == {min(group.shape[1:])}
         assert max((m, n) for _, m, n in shapes) == group.shape[1:]
         assert all(m <= group.shape[1] and n <= group.shape[2] for _, m, n in shapes)
-        for i, turn in zip(group.members, group.turned, strict=True):
+        for i, turn in zip(group.members, group.transposed, strict=True):
             _, m, n = stacks[i].shape
             joined = joins(stacks[i], how)
             assert group.joined == joined
@@ -77,7 +91,8 @@ def test_every_stack_is_in_one_group_and_fits_it(seed):
             assert not turn or (how["commutes_with_transpose"] and joined)
             assert joined or (m, n) == group.shape[1:]
         turned = sum(
-            stacks[i].shape[0] for i in itertools.compress(group.members, group.turned)
+            stacks[i].shape[0]
+            for i in itertools.compress(group.members, group.transposed)
         )
         square = sum(b for b, m, n in shapes if m == n)
         assert 2 * turned <= group.shape[0] - square
@@ -112,7 +127,7 @@ def test_how_many_matrices_at_once(seed):
     for b, m, n in {group.shape for group in groups}:
         for group in (g for g in groups if g.shape == (b, m, n)):
             first = stacks[group.members[0]]
-            wish = how["stack_bytes"]
+            wish = how["batch_bytes"]
             if group.joined:
                 each = m * n * first.dtype.itemsize
                 fits = b if wish is None else min(b, max(1, wish // each))
@@ -129,7 +144,7 @@ def test_how_many_matrices_at_once(seed):
 def test_groups_do_not_depend_on_the_order(seed):
     stacks, how, groups = drawn(seed)
     order = np.random.default_rng(seed).permutation(len(stacks))
-    shuffled = Stacking().groups([stacks[i] for i in order], **how)
+    shuffled = batched([stacks[i] for i in order], **how)
 
     def partition(groups, names):
         return {(frozenset(names[i] for i in g.members), *g[2:]) for g in groups}
@@ -140,7 +155,7 @@ def test_groups_do_not_depend_on_the_order(seed):
 def test_groups_of_an_example():
     stacks = [SHAPE((1, *s), jnp.float32) for s in [(4, 6), (6, 4), (4, 9), (4, 4)]]
     members = lambda **how: sorted(  # noqa: E731
-        sorted(group.members) for group in Stacking().groups(stacks, **how)
+        sorted(group.members) for group in batched(stacks, **how)
     )
     assert members() == [[0], [1], [2], [3]]
     assert members(commutes_with_transpose=True) == [[0, 1], [2], [3]]
@@ -171,9 +186,9 @@ def test_each_puts_everything_back(seed):
         calls.append((x.shape[0] * x[:1].nbytes, x[:1].nbytes))
         return by_norm(x)
 
-    how["stack_bytes"] = largest
-    lifted = Stacking(limit).each(f, **how, in_turn=True)
-    out = jax.jit(lifted)(stacks)
+    how["batch_bytes"] = largest
+    how = how | {"max_bytes": limit, "in_turn": True}
+    out = jax.jit(lambda stacks: each(f, stacks, **how))(stacks)
     for x, y in zip(stacks, out, strict=True):
         assert y.dtype == x.dtype
         assert y.shape == x.shape
@@ -190,7 +205,7 @@ def test_each_hands_over_padding_and_takes_it_away():
     seen = []
     stacks = [jnp.ones((2, 3, 4)), jnp.ones((1, 9, 3))]
     how = {"commutes_with_transpose": True, "pad_bytes": 2**10}
-    out = Stacking().each(lambda x: seen.append(x) or x + 1, **how)(stacks)
+    out = each(lambda x: seen.append(x) or x + 1, stacks, **how)
     assert [x.shape for x in seen] == [(3, 3, 9)]
     assert float(seen[0].sum()) == 2 * 12 + 27
     assert [x.shape for x in out] == [(2, 3, 4), (1, 9, 3)]
@@ -200,7 +215,8 @@ def test_each_hands_over_padding_and_takes_it_away():
 def test_what_is_not_finite_does_not_reach_the_next_group():
     stacks = [jnp.full((1, 2, 5), jnp.nan), jnp.ones((1, 3, 4)), jnp.ones((2, 9, 9))]
     stacks += [jnp.ones((1, 9, 9)), jnp.full((1, 9, 9), jnp.inf)]
-    out = jax.jit(Stacking().each(by_norm, join_bytes=0, in_turn=True))(stacks)
+    how = {"join_bytes": 0, "in_turn": True}
+    out = jax.jit(lambda stacks: each(by_norm, stacks, **how))(stacks)
     finite = [bool(np.isfinite(x).all()) for x in out]
     assert finite == [False, True, True, True, False]
 
@@ -216,7 +232,7 @@ def test_large_matrices_are_replaced_where_they_are():
         seen.append(x.shape)
         return by_norm(x)
 
-    out = Stacking().each(f, join_bytes=0, loop_from=3, in_turn=True)(stacks)
+    out = each(f, stacks, join_bytes=0, loop_from=3, in_turn=True)
     assert {*seen} == {(1, 6, 4), (2, 5, 6), (1, 6, 5)}
     for x, y in zip(stacks, out, strict=True):
         assert np.abs(by_norm(np.asarray(x, float), np) - y).max() < 1e-6
@@ -226,12 +242,12 @@ def test_large_matrices_are_replaced_where_they_are():
 def test_bad_calls_of_each(how):
     stacks = [jnp.ones((3, 4, 6)), jnp.ones((2, 5, 5))]
     with pytest.raises(ValueError, match=r"=99\) is smaller than one 5 x 5 .* 100 b"):
-        Stacking(99).each(lambda x: x, **how)(stacks)
+        each(lambda x: x, stacks, max_bytes=99, **how)
     for limit in (None, 100):
         with pytest.raises(ValueError, match="must keep the shape"):
-            Stacking(limit).each(lambda x: x[:, :2], **how)(stacks)
+            each(lambda x: x[:, :2], stacks, max_bytes=limit, **how)
         with pytest.raises(ValueError, match="must keep the shape"):
-            Stacking(limit).each(lambda x: x.mT, **how)(stacks[:1])
+            each(lambda x: x.mT, stacks[:1], max_bytes=limit, **how)
 
 
 def kernels(*shapes):
@@ -284,10 +300,10 @@ class Padded(Own):
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "abacus"])
 def test_who_may_be_padded(platform):
     for method in (*FILLING, Own()):
-        assert polar.joining(method, platform)["pad_bytes"] == 0
+        assert not execution.Factors(method).on(platform).zeros_for_zeros
     for method in (*OTHERS, Padded()):
-        assert polar.joining(method, platform)["pad_bytes"] > 0
-    same = polar.joining(Own(), platform) == polar.joining(Own(), "gpu")
+        assert execution.Factors(method).on(platform).zeros_for_zeros
+    same = limits_of(platform) == limits_of("gpu")
     assert same == (platform not in ("cpu", "tpu"))
 
 

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import orthax
-from orthax import components, diagnostics, low_rank, nn, polar, transforms
+from orthax import components, diagnostics, execution, low_rank, nn, polar, transforms
 
 params: optax.Params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
 
@@ -60,7 +60,7 @@ rules: list[components.Rule] = [
 found = orthax.explain(params, rules[0], method=methods[0], platform="gpu")
 paths: list[str] = [row.path for row in found.rows if row.rows is not None]
 mesh = jax.make_mesh((1,), ("data",))
-stacking = components.Stacking(2**28, ("data",))
+stacking = execution.Stacking(2**28, ("data",))
 orthax.explain(params, shardings=jax.NamedSharding(mesh, jax.P("data")))
 
 
@@ -99,5 +99,5 @@ orthax.polar_factor(params)  # pyright: ignore[reportArgumentType]
 polar.NewtonSchulz(5)  # pyright: ignore[reportArgumentType]
 polar.NewtonSchulz("jordan")  # pyright: ignore[reportArgumentType]
 components.ByPath({"kernel": None})  # pyright: ignore[reportArgumentType]
-components.Stacking("1 GB")  # pyright: ignore[reportArgumentType]
+execution.Stacking("1 GB")  # pyright: ignore[reportArgumentType]
 orthax.combine_tasks(transforms.OSGD)  # pyright: ignore[reportArgumentType]

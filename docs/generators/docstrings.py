@@ -12,8 +12,8 @@ import types
 from typing import Any
 
 ROOMS = (
-    *("polar", "components", "transforms", "optimisers", "low_rank", "nn"),
-    "diagnostics",
+    *("polar", "components", "execution", "transforms", "optimisers", "low_rank"),
+    *("nn", "diagnostics"),
 )
 # Code and what stands behind it, a formula, or what is markup in RST alone.
 _PIECE = re.compile(r"`([^`]+)`(\w?)|\$([^$]+)\$|(?<!\*)(\*)(?!\*)|(\|)")

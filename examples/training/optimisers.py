@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 import orthax
-from orthax import components, polar
+from orthax import components, execution, polar
 
 Optimiser = Literal[
     "sgd",
@@ -75,7 +75,7 @@ def make_optimiser(
     b2: float = 0.999,
     method: Method | Literal[""] = "auto",
     layers: Layers = "all",
-    stacking: components.Stacking = components.Stacking(),
+    stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformation:
     """Return the optimiser of a name.
 

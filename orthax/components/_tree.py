@@ -184,8 +184,20 @@ def _why_not(leaf: Any) -> str | None:
 def path_string(path: tuple[Any, ...]) -> str:
     """Return a path as `"blocks/0/kernel"`, the same whatever the tree is made of.
 
-    NNX variables and Linen's boxes add a last attribute `value` in some trees (those
-    that `tx.init` is given) and not in others (those that `tx.update` is given).
+    Args:
+      path: keys, from `jax.tree_util.tree_flatten_with_path`.
+
+    Returns:
+      The path without the last attribute `value` that NNX variables and Linen's boxes
+      add in some trees (those that `tx.init` is given) and not in others (those that
+      `tx.update` is given).
+
+    Example:
+      >>> import jax
+      >>> from orthax import components
+      >>> [(path, _)], _ = jax.tree_util.tree_flatten_with_path({"a": [1.0]})
+      >>> components.path_string(path)
+      'a/0'
     """
     last = path[-1] if path else None
     if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax import components
+from orthax import components, execution
 
 P = jax.sharding.PartitionSpec
 _WITHOUT_VALUES = (jax.core.Tracer, jax.ShapeDtypeStruct)
@@ -92,7 +92,7 @@ def by_compiler(
       spec: how the result is to lie where axes are explicit, None: replicated.
       *xs: its arguments.
     """
-    mesh = components.mesh_of(xs)
+    mesh = execution.mesh_of(xs)
     axes = mesh.explicit_axes
     if not axes:
         return f(*xs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthax import components
+from orthax import execution
 from orthax.low_rank._factorise import masked
 from orthax.low_rank._placement import (
     matmul,
@@ -158,7 +158,7 @@ def turn(old: Turned) -> Turned:
         return matmul(u, a), diagonal.astype(x.dtype), matmul(bt, vt)
 
     factors = old.u, old.sigma, old.vt
-    return Turned(*components.by_compiler(turned, factors)(*factors), rank)
+    return Turned(*execution.by_compiler(turned, factors)(*factors), rank)
 
 
 def values(sigma: jax.Array) -> jax.Array:

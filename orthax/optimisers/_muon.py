@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from orthax import components, polar, transforms
+from orthax import components, execution, polar, transforms
 
 
 def muon(
@@ -23,7 +23,7 @@ def muon(
     momentum_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
     rule: components.Rule = components.ByName(),
-    stacking: components.Stacking = components.Stacking(),
+    stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Muon: momentum, then orthogonalisation, for matrices; AdamW for the rest.
 
@@ -123,7 +123,7 @@ def normuon(
     momentum_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
     rule: components.Rule = components.ByName(),
-    stacking: components.Stacking = components.Stacking(),
+    stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return NorMuon: Muon with components of equal root mean square.
 

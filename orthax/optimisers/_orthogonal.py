@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from orthax import components, polar, transforms
+from orthax import components, execution, polar, transforms
 
 
 def orthogonal_sgd(
@@ -16,7 +16,7 @@ def orthogonal_sgd(
     weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
     rule: components.Rule = components.ByName(),
-    stacking: components.Stacking = components.Stacking(),
+    stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Return Orthogonal-SGDM: orthogonalised gradients, then SGD with momentum.
 
@@ -79,7 +79,7 @@ def orthogonal_adam(
     weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
     rule: components.Rule = components.ByName(),
-    stacking: components.Stacking = components.Stacking(),
+    stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Orthogonal-Adam: orthogonalised gradients, then Adam.
 
@@ -138,7 +138,7 @@ def orthogonal_lars(
     trust_coefficient: float = 1e-3,
     method: polar.PolarMethod = polar.Auto(),
     rule: components.Rule = components.ByName(),
-    stacking: components.Stacking = components.Stacking(),
+    stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Orthogonal-LARS: orthogonalised gradients, then LARS.
 

@@ -16,12 +16,13 @@ from orthax.polar._coefficients import (
 )
 from orthax.polar._dwh import DWH as DWH
 from orthax.polar._gram_eigh import GramEigh as GramEigh
-from orthax.polar._method import PolarMethod as PolarMethod
+from orthax.polar._method import (
+    PolarMethod as PolarMethod,
+    working_dtype as working_dtype,
+)
 from orthax.polar._newton_schulz import NewtonSchulz as NewtonSchulz
 from orthax.polar._polar_factor import (
-    joining as joining,
     polar_factor as polar_factor,
-    polar_factors as polar_factors,
     split_polar_factors as split_polar_factors,
 )
 from orthax.polar._qdwh import QDWH as QDWH

@@ -40,7 +40,7 @@ def as_array(x: Any) -> jax.Array:
         raise TypeError(
             f"`x` must be an array of shape (*batch, m, n), got {reprlib.repr(x)} of "
             f"type {type(x).__name__}. For a tree of gradients use "
-            "orthax.orthogonalise(), for one of other arrays components.map_matrices("
+            "orthax.orthogonalise(), for one of other arrays execution.map_matrices("
             "orthax.polar_factor, tree)."
         ) from None
 

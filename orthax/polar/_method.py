@@ -112,6 +112,23 @@ def over(
     return reduce(x, axes) if axes else x
 
 
+def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Return the dtype that matrices of a dtype are worked on in.
+
+    Args:
+      dtype: floating or complex.
+
+    Returns:
+      float32 for those below, else the same.
+
+    Example:
+      >>> from orthax import polar
+      >>> polar.working_dtype("bfloat16").name, polar.working_dtype("complex64").name
+      ('float32', 'complex64')
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def rank_tolerance(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
     """Return `max(m, n) eps`, numpy's and LAPACK's relative numerical rank."""
     return max(shape[-2:]) * float(jnp.finfo(dtype).eps)

@@ -1,9 +1,7 @@
 """The one operation: the orthogonal polar factor, with its derivative."""
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +15,11 @@ from orthax.polar._method import (
     frobenius,
     matmul,
     rank_tolerance,
+    working_dtype,
 )
 from orthax.polar._svd import SVD
 
 Function = Callable[[jax.Array], jax.Array]
-ManyFunction = Callable[[Sequence[jax.Array]], list[jax.Array]]
 
 
 def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.Array:
@@ -65,63 +63,13 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
     References:
       Higham: "Functions of Matrices", SIAM 2008, Theorems 8.1 and 8.4 (nearness).
     """
-    return polar_factors((as_array(x),), method)[0]
-
-
-def _apart(f: Function, **_: Any) -> ManyFunction:
-    """Lift a function on a stack to many stacks: one call for each."""
-    return lambda stacks: [f(x) for x in stacks]
-
-
-def polar_factors(
-    xs: Sequence[jax.Array],
-    method: PolarMethod = Auto(),
-    each: Callable[..., ManyFunction] = _apart,
-) -> list[jax.Array]:
-    """Return the orthogonal polar factors of many stacks of matrices at once.
-
-    What `polar_factor` gives for each; `each` says which are worked on together.
-
-    Args:
-      xs: stacks, each of shape `(*batch, m, n)` and of any floating or complex dtype.
-      method: how; default `polar.Auto()`.
-      each: how a function on one stack `(b, m, n)` is lifted to many, such as
-        `components.Stacking().each`; default: one call for each stack. Hashable.
-
-    Returns:
-      As many stacks of polar factors, shapes and dtypes of `xs`.
-
-    Raises:
-      TypeError: as `polar_factor`.
-      ValueError: as `polar_factor`.
-
-    Limits:
-      As `polar_factor`.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from orthax import polar
-      >>> tall, wide = polar.polar_factors([5 * jnp.eye(3, 2), -2 * jnp.eye(2, 3)])
-      >>> tall.shape, float(wide[0, 0].round(4))
-      ((3, 2), -1.0)
-
-    References:
-      Higham: "Functions of Matrices", SIAM 2008, Theorems 8.1 and 8.4 (nearness).
-    """
+    x = as_array(x)
     check_method(method)
-    for x in xs:
-        check_matrices(x)
-    full = [i for i, x in enumerate(xs) if x.size]
-    work = tuple(
-        xs[i]
-        .astype(jnp.promote_types(xs[i].dtype, jnp.float32))
-        .reshape(math.prod(xs[i].shape[:-2]), *xs[i].shape[-2:])
-        for i in full
-    )
-    out = list(xs)
-    for i, factor in zip(full, _compiled(work, method, each), strict=True):
-        out[i] = factor.reshape(xs[i].shape).astype(xs[i].dtype)
-    return out
+    check_matrices(x)
+    if not x.size:
+        return x
+    stack = x.astype(working_dtype(x.dtype)).reshape(-1, *x.shape[-2:])
+    return _compiled(stack, method).reshape(x.shape).astype(x.dtype)
 
 
 def split_polar_factors(
@@ -175,62 +123,24 @@ def split_polar_factors(
             raise ValueError(f"{used} cannot work on a part of the columns.")
         return lambda x: _factor(x, used, axes)
 
-    work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    work = x.astype(working_dtype(x.dtype))
     out = jax.lax.platform_dependent(work, cpu=on("cpu"), default=on("other"))
     return out.astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _factors(
-    xs: tuple[jax.Array, ...], method: PolarMethod, each: Callable[..., ManyFunction]
-) -> list[jax.Array]:
-    def on(platform: str) -> Callable[..., list[jax.Array]]:
-        def used(dtype: jax.typing.DTypeLike) -> PolarMethod:
-            return method.on(platform, dtype) if isinstance(method, Auto) else method
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _factors(x: jax.Array, method: PolarMethod) -> jax.Array:
+    if not isinstance(method, Auto):
+        return _factor(x, method)
 
-        lifted = each(
-            lambda x: _factor(x, used(x.dtype)), **joining(used("float32"), platform)
-        )
-        return lambda *xs: lifted(xs)
+    def on(platform: str) -> Function:
+        return functools.partial(_factor, method=method.on(platform, x.dtype))
 
-    return jax.lax.platform_dependent(
-        *xs, cpu=on("cpu"), tpu=on("tpu"), default=on("gpu")
-    )
+    return jax.lax.platform_dependent(x, cpu=on("cpu"), default=on("other"))
 
 
 # Compiled once for each shape and method, also where polar_factor is called eagerly.
-_compiled = jax.jit(_factors, static_argnames=("method", "each"))
-
-
-def joining(method: PolarMethod, platform: str) -> dict[str, bool | int | None]:
-    """Return how a method wants stacks worked on together, on a platform.
-
-    Args:
-      method: a polar method.
-      platform: `"cpu"`, `"gpu"`, `"tpu"` ...; any other is taken for an accelerator.
-
-    Returns:
-      The keywords of `components.Stacking.each`. On CPU a large matrix keeps the
-      machine busy, joining would only copy, and one after another need less memory, in
-      loops where many would take long to compile. On a TPU a matrix that is worked on
-      alone stays in the 128 MiB of fast memory from its first step to its last, as do
-      stacks of smaller ones of up to 32 MiB. A GPU needs many at once. Padding saves
-      calls and compilation, and is left to methods to which it makes no difference.
-
-    Example:
-      >>> from orthax import polar
-      >>> polar.joining(polar.QDWH(), "cpu")["pad_bytes"]
-      0
-    """
-    how = {"commutes_with_transpose": True, "pad_bytes": 2**18}
-    if platform == "tpu":
-        how |= {"join_bytes": 2**21, "stack_bytes": 2**25, "loop_from": None}
-    if platform == "cpu":
-        how |= {"join_bytes": 2**18}
-        how |= {"stack_bytes": 2**21, "loop_from": 4, "in_turn": True}
-    if getattr(method, "fills_null_space", True):
-        how["pad_bytes"] = 0
-    return how
+_compiled = jax.jit(_factors, static_argnames="method")
 
 
 def _factor(x: jax.Array, method: PolarMethod, axes: tuple[str, ...] = ()) -> jax.Array:
@@ -260,10 +170,9 @@ def _normalised(
 
 
 @_factors.defjvp
-def _factors_jvp(method, each, primals, tangents):
-    (xs,), (dxs,) = primals, tangents
-    primals = _factors(xs, method, each)
-    return primals, [_derivative(x, dx) for x, dx in zip(xs, dxs, strict=True)]
+def _factors_jvp(method, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return _factors(x, method), _derivative(x, dx)
 
 
 def _derivative(x: jax.Array, dx: jax.Array) -> jax.Array:
@@ -281,7 +190,7 @@ def _derivative(x: jax.Array, dx: jax.Array) -> jax.Array:
     wide = x.shape[-2] < x.shape[-1]
     if wide:
         unit, dx = unit.mT, dx.mT
-    u = _factors((unit,), SVD(), _apart)[0]
+    u = _factors(unit, SVD())
     k = matmul(adjoint(u), dx)
     sylvester, division = _solvers(matmul(adjoint(u), unit), unit.shape)
     du = matmul(u, sylvester(k - adjoint(k))) + division(dx - matmul(u, k))

@@ -9,12 +9,6 @@ from orthax.transforms._conflict_rules import (
     GradVac as GradVac,
     PCGrad as PCGrad,
 )
-from orthax.transforms._explain import explain as explain
-from orthax.transforms._explanation import (
-    Explanation as Explanation,
-    Row as Row,
-    Share as Share,
-)
 from orthax.transforms._hyperparameters import (
     check_dtype as check_dtype,
     check_hyperparameters as check_hyperparameters,

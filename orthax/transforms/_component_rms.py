@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components
+from orthax import components, execution
 from orthax.transforms._masked import Hidden
 
 Axes = tuple[int, ...]
@@ -128,7 +128,7 @@ def _equalised(
         out = cut.unfold([s for s, _ in done], x.shape)
         return out, jnp.concatenate([v.ravel() for _, v in done])
 
-    return components.by_compiler(on_stacks, (x, nu))(x, nu)
+    return execution.by_compiler(on_stacks, (x, nu))(x, nu)
 
 
 def _divided(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components
+from orthax import components, execution
 
 Axes = tuple[int, ...]
 
@@ -117,7 +117,7 @@ def restore_norm(
     def update(updates, state, params=None, **extra_args):
         after, state = inner.update(updates, state, params, **extra_args)
         values = [
-            components.along_axes(restored, leaf.cut, jnp.asarray(leaf.value), y)
+            execution.along_axes(restored, leaf.cut, jnp.asarray(leaf.value), y)
             if leaf.cut
             else y
             for leaf, y in zip(

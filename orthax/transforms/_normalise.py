@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components
+from orthax import components, execution
 from orthax.transforms._stateless import stateless
 
 
@@ -108,7 +108,7 @@ def _divided(
     def update(updates: optax.Updates) -> optax.Updates:
         leaves = components.resolve(updates, rule)
         values = [
-            components.along_axes(divide, leaf.cut, jnp.asarray(leaf.value))
+            execution.along_axes(divide, leaf.cut, jnp.asarray(leaf.value))
             if leaf.cut
             else leaf.value
             for leaf in leaves

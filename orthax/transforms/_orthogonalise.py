@@ -1,9 +1,8 @@
 """Replace every gradient matrix by its orthogonal polar factor."""
 
-import jax
 import optax
 
-from orthax import components, polar
+from orthax import components, execution, polar
 from orthax.transforms._stateless import stateless
 
 
@@ -11,7 +10,7 @@ def orthogonalise(
     method: polar.PolarMethod = polar.Auto(),
     *,
     rule: components.Rule = components.ByName(),
-    stacking: components.Stacking = components.Stacking(),
+    stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace every gradient matrix by its orthogonal polar factor.
 
@@ -61,33 +60,18 @@ def orthogonalise(
     """
     polar.check_method(method)
     components.check_rule(rule)
-    if not isinstance(stacking, components.Stacking):
+    if not isinstance(stacking, execution.Stacking):
         advice = ""
         if isinstance(stacking, int):
-            advice = f" Write components.Stacking(max_bytes={stacking})."
+            advice = f" Write execution.Stacking(max_bytes={stacking})."
         raise TypeError(
-            f"`stacking` must be a components.Stacking, got {stacking!r} of type "
+            f"`stacking` must be a execution.Stacking, got {stacking!r} of type "
             f"{type(stacking).__name__}.{advice}"
         )
 
-    def factors(stacks: list[jax.Array]) -> list[jax.Array]:
-        return polar.polar_factors(stacks, method, stacking.each)
-
-    def share(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        return polar.split_polar_factors(x, axes, method)
-
-    split = None
-    if hasattr(method, "split_flops"):
-        split = components.Split(share, method.split_flops)
+    work = execution.Factors(method)
 
     def update(updates: optax.Updates) -> optax.Updates:
-        return components.map_stacks(
-            factors,
-            updates,
-            rule,
-            stacking=stacking,
-            flops=method.flops,
-            split=split,
-        )
+        return execution.map_matrices(work, updates, rule, stacking=stacking)
 
     return stateless(update, rule)

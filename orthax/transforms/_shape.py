@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components
+from orthax import components, execution
 from orthax.transforms._stateless import stateless
 
 
@@ -201,7 +201,7 @@ def scale_by_shape(
             stacks = zip(cut.fold(x), factors, strict=True)
             return (cut.unfold([s * factor for s, factor in stacks], x.shape),)
 
-        return components.by_compiler(each, [x])(x)[0]
+        return execution.by_compiler(each, [x])(x)[0]
 
     def update(updates: optax.Updates) -> optax.Updates:
         leaves = components.resolve(updates, rule)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components
+from orthax import execution
 from orthax.transforms._task_rules import OSGD, TaskRule
 
 _STACK = (
@@ -215,7 +215,7 @@ def _gram(leaves: Sequence[jax.Array]) -> jax.Array:
     On a mesh of explicit axes each device adds up those of what it has, and one sum
     over the devices follows.
     """
-    mesh = components.mesh_of(leaves)
+    mesh = execution.mesh_of(leaves)
     axes = mesh.explicit_axes
     if not axes:
         return sum(map(_inner, leaves))

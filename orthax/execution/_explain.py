@@ -4,11 +4,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from orthax import components, polar
-from orthax.transforms._explanation import Explanation, Row, Share, Stack
+from orthax.execution._costs import Factors
+from orthax.execution._division import Constrained, Local, Shared, Split
+from orthax.execution._explanation import Explanation, Row, Share, Stack
+from orthax.execution._layout import layouts, named_layouts
+from orthax.execution._plan import Plan, divisions_of, plan_of
+from orthax.execution._stacking import Stacking
+
+_PLANS = {Local: "local", Shared: "stack", Split: "split", Constrained: "compiler"}
 
 
 def explain(
@@ -16,7 +22,7 @@ def explain(
     rule: components.Rule = components.ByName(),
     *,
     method: polar.PolarMethod = polar.Auto(),
-    stacking: components.Stacking = components.Stacking(),
+    stacking: Stacking = Stacking(),
     platform: str | None = None,
     shardings: Any = None,
 ) -> Explanation:
@@ -75,23 +81,54 @@ def explain(
     if isinstance(method, polar.Auto):
         method = method.on(platform)
     leaves = components.decide_all(params, rule)
-    rows = tuple(map(_row, leaves))
-    stacks = []
-    for leaf, row in zip(leaves, rows, strict=True):
-        for shape in row.matrices:
-            dtype = jnp.promote_types(leaf.value.dtype, jnp.float32)
-            stacks.append((row.path, jax.ShapeDtypeStruct(shape, dtype)))
-    how = polar.joining(method, platform)
-    how.pop("in_turn", None)
-    groups = stacking.groups([stack for _, stack in stacks], **how)
-    found = tuple(_stack(group, stacks, method) for group in groups)
     if shardings is None:
         shardings = [getattr(leaf.value, "sharding", None) for leaf in leaves]
     else:
         shardings = _given(params, shardings)
-    shares = tuple(_shares(leaves, shardings, method, stacking))
+    pairs = zip(leaves, shardings, strict=True)
+    cut = [(x, s) for x, s in pairs if x.decision and x.decision.cut]
+    plan = _plan([x for x, _ in cut], [s for _, s in cut], method, stacking, platform)
+    rows = tuple(map(_row, leaves))
+    paths = [leaf.path for leaf, _ in cut]
     unused = getattr(rule, "unused", lambda paths: ())([row.path for row in rows])
-    return Explanation(rows, found, shares, method, platform, unused)
+    return Explanation(
+        rows,
+        tuple(_stacks(plan, paths)),
+        tuple(_shares(plan, [leaf for leaf, _ in cut])),
+        method,
+        platform,
+        unused,
+    )
+
+
+def _plan(
+    leaves: Sequence[Any],
+    shardings: Sequence[Any],
+    method: polar.PolarMethod,
+    stacking: Stacking,
+    platform: str,
+) -> Plan:
+    """Return the plan of what `orthogonalise` would do with leaves that are cut."""
+    given = [components.Leaf(x.path, x.value, x.decision.cut) for x in leaves]
+    named = [s for s in shardings if isinstance(s, jax.NamedSharding)]
+    mesh = named[0].mesh.abstract_mesh if named else jax.sharding.get_abstract_mesh()
+    known = stacking.known(given, mesh)
+    laid = named_layouts(given, known or shardings)
+    work, unseen = Factors(method), None
+    if laid is None or stacking.sharding is None:
+        cuts = [leaf.cut for leaf in given]
+        plain = [jax.sharding.PartitionSpec()] * len(given)
+        laid = layouts([leaf.value for leaf in given], cuts, plain, {})
+    else:
+        mesh = next(s for s in known or named).mesh
+        mesh = jax.sharding.AbstractMesh(
+            mesh.axis_sizes, mesh.axis_names, axis_types=mesh.axis_types
+        )
+        stacking.check(mesh)
+        automatic = {*mesh.axis_types} == {jax.sharding.AxisType.Auto}
+        unseen = mesh if automatic and known is None else None
+    divisions = divisions_of(laid, work.on(platform), stacking, unseen)
+    return plan_of(divisions, work, stacking, platform)
 
 
 def _check_call(params: Any, platform: Any) -> None:
@@ -133,61 +170,41 @@ def _given(params: Any, shardings: Any) -> list[Any]:
     return found
 
 
-def _shares(
-    leaves: Sequence[Any],
-    shardings: Sequence[Any],
-    method: polar.PolarMethod,
-    stacking: components.Stacking,
-) -> Iterator[Share]:
-    """Yield how the leaves that are cut are divided among the devices of a mesh."""
-    cut = [
-        (components.Leaf(leaf.path, leaf.value, leaf.decision.cut), sharding)
-        for leaf, sharding in zip(leaves, shardings, strict=True)
-        if leaf.decision and leaf.decision.cut
-    ]
-    given = [leaf for leaf, _ in cut]
-    named = [s for _, s in cut if isinstance(s, jax.NamedSharding)]
-    mesh = named[0].mesh.abstract_mesh if named else jax.sharding.get_abstract_mesh()
-    known = stacking.known(given, mesh)
-    plans = stacking.divisions(
-        given,
-        known or [sharding for _, sharding in cut],
-        flops=method.flops,
-        split_flops=getattr(method, "split_flops", None),
-    )
-    for plan in plans:
-        members = [cut[i][0] for i in plan.members]
+def _shares(plan: Plan, leaves: Sequence[Any]) -> Iterator[Share]:
+    """Yield how leaves are divided among the devices of a mesh, if there is one."""
+    for division in plan.divisions:
+        if not division.layouts[0].sizes:
+            return
         counts: dict[tuple[int, int], int] = {}
-        for leaf in members:
-            for b, m, n in leaf.cut.matrices(leaf.value.shape):
+        for leaf in (leaves[i] for i in division.members):
+            for b, m, n in leaf.decision.cut.matrices(leaf.value.shape):
                 counts[m, n] = counts.get((m, n), 0) + b
         yield Share(
-            plan.kind,
-            tuple(leaf.path for leaf in members),
+            _PLANS[type(division)],
+            tuple(leaves[i].path for i in division.members),
             tuple((b, m, n) for (m, n), b in counts.items()),
-            plan.exchanged + plan.divided,
-            plan.collectives,
-            plan.bytes,
-            plan.flops,
-            plan.seconds,
+            division.axes,
+            division.collectives,
+            division.bytes,
+            division.flops,
+            division.seconds,
         )
 
 
-def _stack(
-    group: components.Group,
-    stacks: Sequence[tuple[str, jax.ShapeDtypeStruct]],
-    method: polar.PolarMethod,
-) -> Stack:
-    b, m, n = group.shape
-    dtype = stacks[group.members[0]][1].dtype
-    return Stack(
-        group.shape,
-        tuple(dict.fromkeys(stacks[i][0] for i in group.members)),
-        dtype.name,
-        group.at_once,
-        b * method.flops(m, n),
-        b * m * n * dtype.itemsize,
-    )
+def _stacks(plan: Plan, paths: Sequence[str]) -> Iterator[Stack]:
+    """Yield the batches that a device works on, but for matrices that it shares."""
+    for batch in plan.batches:
+        b, m, n = batch.shape
+        owners = [i for stack in batch.members for i in plan.owners[stack]]
+        dtype = plan.dtypes[batch.members[0]]
+        yield Stack(
+            batch.shape,
+            tuple(dict.fromkeys(paths[i] for i in owners)),
+            dtype.name,
+            batch.at_once,
+            b * plan.work.flops(m, n),
+            b * m * n * dtype.itemsize,
+        )
 
 
 def _row(leaf: Any) -> Row:

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from orthax.components._matricisation import Matricisation
-from orthax.components._tree import Leaf, path_string
+from orthax.components import Leaf, Matricisation, path_string
 
 Axes = tuple[str, ...]
 P = jax.sharding.PartitionSpec
@@ -58,7 +57,7 @@ class Layout(NamedTuple):
     @property
     def tile(self) -> tuple[int, ...]:
         """Shape of what a device has of the matrix axes."""
-        return tuple(self.shape[i] // self.parts(self.spec[i]) for i in self.sides)
+        return tuple(self.local[i] for i in self.sides)
 
     @property
     def whole(self) -> tuple[int, ...]:
@@ -66,9 +65,15 @@ class Layout(NamedTuple):
         return tuple(self.shape[i] for i in self.sides)
 
     @property
+    def local(self) -> tuple[int, ...]:
+        """Shape of what a device has of the leaf."""
+        pairs = zip(self.shape, self.spec, strict=True)
+        return tuple(n // self.parts(names) for n, names in pairs)
+
+    @property
     def count(self) -> int:
         """How many units, positions of the batch axes, a device has."""
-        return math.prod(self.shape[i] // self.parts(self.spec[i]) for i in self.batch)
+        return math.prod(self.local[i] for i in self.batch)
 
     @property
     def unit(self) -> Matricisation:
@@ -116,9 +121,8 @@ class Layout(NamedTuple):
     def from_units(self, units: jax.Array) -> jax.Array:
         """Return what a device has of the leaf from its units."""
         order = self.batch + self.sides
-        local = [n // self.parts(s) for n, s in zip(self.shape, self.spec, strict=True)]
         inverse = sorted(range(len(order)), key=order.__getitem__)
-        return units.reshape([local[i] for i in order]).transpose(inverse)
+        return units.reshape([self.local[i] for i in order]).transpose(inverse)
 
     def assembled(self, tiles: jax.Array) -> jax.Array:
         """Return whole units from the tiles of all devices, `(devices, n, *tile)`."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from orthax import components, polar
-from orthax.transforms._tables import (
+from orthax.execution._tables import (
     Table,
     as_html,
     as_text,
@@ -69,14 +69,14 @@ class Share(NamedTuple):
     """Leaves whose matrices are divided among devices in one way.
 
     Attributes:
-      plan: `"local"`, `"stack"`, `"split"` or `"compiler"`: see `components.Division`.
+      plan: `"local"`, `"stack"`, `"split"` or `"compiler"`.
       paths: the leaves.
       shapes: shapes `(b, m, n)` of their matrices, all together.
       axes: mesh axes over which the work is divided.
       collectives: what an update calls for them, in order.
       bytes: what one device sends in an update.
       flops: operations of the busiest device, padding included.
-      seconds: on the `components.Machine` of the stacking, nothing overlapping.
+      seconds: on the `execution.Machine` of the stacking, nothing overlapping.
     """
 
     plan: str

@@ -1,0 +1,142 @@
+"""The work on matrices, and what moving and computing cost."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from orthax import polar
+from orthax.execution._layout import Axes
+
+Flops = Callable[[int, int], float]
+SplitFlops = Callable[[int, int, int], tuple[float, int, int] | None]
+
+
+def _two_products(m: int, n: int) -> float:
+    """Return the operations of two products of a matrix and its short side."""
+    return 4.0 * m * n * min(m, n)
+
+
+def _same(dtype: jnp.dtype) -> jnp.dtype:
+    return dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A function on a batch of matrices, and what may be done with it.
+
+    Attributes:
+      f: maps a batch `(b, m, n)` to one of equal shape, matrix by matrix. Where
+        `split_flops` is given, also called as `f(x, axes)` inside a `shard_map`, with
+        what a device has of a batch, m <= n, whose columns are sharded over mesh axes.
+      flops: operations for one m x n matrix; default `4 m n min(m, n)`.
+      commutes_with_transpose: whether `f(x.mT) == f(x).mT`, so that an m x n and an
+        n x m matrix may share a batch.
+      zeros_for_zeros: whether zero rows and columns stay zero and change nothing else,
+        so that matrices may be padded to share a batch.
+      split_flops: called as `split_flops(m, n, devices)`; the operations of each
+        device, how many m x m matrices are summed over them, and how often a few
+        numbers are; or None where that cannot be.
+      dtype: what a batch of a dtype is cast to before `f`; default: as it is.
+
+    Example:
+      >>> from orthax import execution
+      >>> execution.Work(abs, commutes_with_transpose=True).flops(2, 3)
+      48.0
+    """
+
+    f: Callable[..., jax.Array]
+    _: dataclasses.KW_ONLY
+    flops: Flops = _two_products
+    commutes_with_transpose: bool = False
+    zeros_for_zeros: bool = False
+    split_flops: SplitFlops | None = None
+    dtype: Callable[[jnp.dtype], jnp.dtype] = _same
+
+    def on(self, platform: str | None) -> "Work":
+        """Return what is done on a platform: the same on all."""
+        del platform
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The work of `orthogonalise`: polar factors, by the method of each platform.
+
+    Attributes:
+      method: how they are computed.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import execution, polar
+      >>> factors = execution.Factors(polar.Auto())
+      >>> execution.map_matrices(factors, [3 * jnp.eye(2)])[0].round(4).tolist()
+      [[1.0, 0.0], [0.0, 1.0]]
+    """
+
+    method: polar.PolarMethod
+
+    def on(self, platform: str | None) -> Work:
+        """Return what is done on a platform; None: where JAX computes by default."""
+        method = self.method
+        if isinstance(method, polar.Auto):
+            method = method.on(platform or jax.default_backend())
+        return Work(
+            self._on(platform),
+            flops=method.flops,
+            commutes_with_transpose=True,
+            zeros_for_zeros=not getattr(method, "fills_null_space", True),
+            split_flops=getattr(method, "split_flops", None),
+            dtype=polar.working_dtype,
+        )
+
+    def _on(self, platform: str | None) -> Callable[..., jax.Array]:
+        def f(x: jax.Array, axes: Axes = ()) -> jax.Array:
+            method = self.method
+            if isinstance(method, polar.Auto) and platform is not None:
+                method = method.on(platform, x.dtype)
+            if axes:
+                return polar.split_polar_factors(x, axes, method)
+            return polar.polar_factor(x, method)
+
+        return f
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a device computes and moves: what the cost of a plan is counted in.
+
+    Only ratios matter. The defaults are of the order of one accelerator of 2024 in
+    float32 at the highest precision, in a fast network.
+
+    Attributes:
+      flops: operations per second.
+      bandwidth: bytes per second that a device sends while it receives as many.
+      latency: seconds that a collective takes at least.
+
+    Raises:
+      ValueError: if a number is not finite and positive.
+
+    Example:
+      >>> from orthax import execution
+      >>> slow = execution.Machine(bandwidth=1e9)
+      >>> execution.Stacking(machine=slow).machine.bandwidth
+      1000000000.0
+    """
+
+    flops: float = 5e13
+    bandwidth: float = 1e11
+    latency: float = 2e-5
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(
+                    f"`{name}` must be finite and positive, got {value!r}."
+                )
+
+    def seconds(self, flops: float, sent: float, collectives: int) -> float:
+        """Return how long some work takes, nothing overlapping."""
+        return flops / self.flops + sent / self.bandwidth + collectives * self.latency

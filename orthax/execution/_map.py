@@ -1,0 +1,65 @@
+"""The one door: fold the leaves, work on their matrices, unfold."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from orthax.components import ByName, Rule, resolve
+from orthax.execution._costs import Factors, Work
+from orthax.execution._execute import execute
+from orthax.execution._mesh import mesh_of
+from orthax.execution._stacking import Stacking
+
+
+def map_matrices(
+    work: Callable[[jax.Array], jax.Array] | Work | Factors,
+    tree: Any,
+    rule: Rule = ByName(),
+    *,
+    stacking: Stacking = Stacking(),
+) -> Any:
+    """Apply a function on batches of matrices to every matrix of a tree.
+
+    Leaves are folded into matrices as the rule says, matrices of equal shape and dtype
+    are joined, the function is called once for each batch, and everything is put back.
+
+    Args:
+      work: maps a batch `(b, m, n)` to one of equal shape, matrix by matrix; a `Work`
+        says more of it, and `Factors` are orthogonal polar factors.
+      tree: floating or complex arrays in any pytree; other leaves come back untouched.
+      rule: how leaves are cut; leaves that it leaves alone come back untouched.
+      stacking: how equal matrices are worked on together, and on which devices.
+
+    Returns:
+      A tree of equal structure, shapes and dtypes, sharded like `tree`.
+
+    Raises:
+      ValueError: as `components.resolve`, if the function changes the shape of a batch,
+        or as `Stacking`.
+      TypeError: as `components.resolve`.
+
+    Limits:
+      Joining copies: the matrices of a batch exist once more while the function runs.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import execution
+      >>> grads = {"kernel": jnp.full((2, 3), 4.0), "bias": jnp.ones(3)}
+      >>> halved = execution.map_matrices(lambda x: x / 2, grads)
+      >>> float(halved["kernel"][0, 0]), float(halved["bias"][0])
+      (2.0, 1.0)
+    """
+    if not isinstance(work, Work | Factors):
+        work = Work(work)
+    leaves = resolve(tree, rule)
+    cut = [leaf for leaf in leaves if leaf.cut]
+    results = iter(())
+    if cut:
+        xs = tuple(jnp.asarray(leaf.value) for leaf in cut)
+        cuts = tuple(leaf.cut for leaf in cut)
+        shardings = stacking.known(cut, mesh_of(xs))
+        results = iter(execute(xs, work, cuts, stacking, shardings))
+    values = [next(results) if leaf.cut else leaf.value for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(tree), values)

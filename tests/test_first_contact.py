@@ -324,13 +324,16 @@ def test_numbers_of_every_kind_and_schedules_are_hyperparameters(make):
 
 
 def test_advice_is_given_once_however_many_leaves():
-    tree = {f"conv{i}": CONV1D["conv"] for i in range(12)}
+    alike = {f"conv{i}": CONV1D["conv"] for i in range(12)}
+    with pytest.raises(ValueError, match="'conv0/kernel' and 11 like it of shape"):
+        orthax.orthogonalise().init(alike)
+    tree = {f"conv{name}": CONV1D["conv"] for name in "abcdefghijkl"}
     with pytest.raises(ValueError) as caught:
         orthax.orthogonalise().init(tree)
     message = str(caught.value)
     assert message.count("Say what it is") == 1
     assert message.count("of shape (3, 4, 5)") == 10
-    assert "... and 2 more leaves." in message
+    assert "... and 2 more kinds of leaves." in message
 
 
 def public_dataclasses():

@@ -90,8 +90,9 @@ def in_one_message(errors: Sequence[str]) -> str:
       errors: the messages that a rule raised, one for each leaf.
 
     Returns:
-      A line for each of the first ten, and how many there are besides. The sentences
-      that all of them end with, the advice, follow once.
+      A line for each of the first ten, and how many there are besides; of more than
+      ten, those whose paths differ in numbers alone are one. The sentences that all of
+      them end with, the advice, follow once.
 
     Example:
       >>> from orthax import components
@@ -101,6 +102,11 @@ def in_one_message(errors: Sequence[str]) -> str:
       'b' is odd.
       Say what.
     """
+    if len(errors) > _SHOWN:
+        alike: dict[str, list[str]] = {}
+        for error in errors:
+            alike.setdefault(re.sub(r"\d+(?=[^' ]*')", "*", error), []).append(error)
+        errors = [_one_of(same) for same in alike.values()]
     # Between the sentences of each, and of them the last that are the same.
     sentences = [re.split(r"(?<=\.) ", error) for error in errors]
     same = 0
@@ -111,9 +117,18 @@ def in_one_message(errors: Sequence[str]) -> str:
     cut = [len(own) - same for own in sentences]
     lines = [" ".join(own[:n]) for own, n in zip(sentences, cut, strict=True)]
     more = len(lines) - _SHOWN
-    rest = [f"... and {more} more leaves."] if more > 0 else []
+    rest = [f"... and {more} more kinds of leaves."] if more > 0 else []
     advice = [" ".join(sentences[0][cut[0] :])] if same else []
     return "\n".join(lines[:_SHOWN] + rest + advice)
+
+
+def _one_of(errors: Sequence[str]) -> str:
+    """Return the first of errors that are alike, and how many more there are."""
+    if len(errors) == 1:
+        return errors[0]
+    return re.sub(
+        r"('[^']*')", rf"\1 and {len(errors) - 1} like it", errors[0], count=1
+    )
 
 
 def decide_all(tree: Any, rule: Rule) -> list[Decided]:

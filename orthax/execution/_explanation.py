@@ -1,22 +1,23 @@
 """What an explanation holds, and how it prints."""
 
 import html
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from orthax import components, polar
 from orthax.execution._tables import (
     Table,
+    after,
     as_html,
     as_text,
-    at_words,
-    behind,
-    of_paths,
     paragraph,
 )
 
 # Most shapes of matrices that one line of a table lists.
 _SHOWN = 2
+# What to look at, in notebooks.
+_ERROR, _GUESS = "#f8d0d0", "#fff0c0"
 
 
 class Row(NamedTuple):
@@ -92,6 +93,8 @@ class Share(NamedTuple):
 class Explanation(NamedTuple):
     """What `explain` found; prints as tables, in notebooks as HTML.
 
+    Leaves that are treated alike, and whose paths differ in numbers alone, are a line.
+
     Attributes:
       rows: one for each leaf.
       stacks: one for each stack of matrices that are worked on together, on one device.
@@ -132,14 +135,13 @@ class Explanation(NamedTuple):
 
     def _leaves(self) -> Table:
         head = ("leaf", "shape", "rows", "columns", "batch", "matrices", "why")
-        lines = [_cells(row) for row in self.rows]
-        breaks = {
-            0: of_paths([path for path, *_ in lines]),
-            5: behind(" + "),
-            6: at_words,
-        }
+        folded = _folded(self.rows)
+        lines = [_cells(path, row) for path, row in folded]
+        breaks = {0: after("/"), 5: after(" + "), 6: after(" ")}
         narrow = (6, 18), (0, 24), (5, 17), (6, 12), (0, 16)
-        return Table(head, lines, narrow, breaks)
+        shades = {i: _ERROR for i, (_, row) in enumerate(folded) if row.error}
+        shades |= {i: _GUESS for i, (_, row) in enumerate(folded) if row.guess}
+        return Table(head, lines, narrow, breaks, shades)
 
     def _notes(self) -> list[str]:
         cut = [row for row in self.rows if row.matrices]
@@ -180,8 +182,8 @@ class Explanation(NamedTuple):
         total = f"{sent / 2**20:.3g}", f"{flops / 1e6:.3g}"
         lines.append(("one update", "", "", "", str(count), *total))
         title = f"Divided among devices, on each at most, by {self.method}:"
-        breaks = {2: behind(" + "), 3: behind(", ")}
-        breaks[4] = behind(", ")
+        breaks = {2: after(" + "), 3: after(", ")}
+        breaks[4] = after(", ")
         return title, Table(head, lines, ((4, 16), (2, 20), (3, 8)), breaks)
 
 
@@ -216,14 +218,27 @@ def _stack_text(shape: tuple[int, int, int]) -> str:
     return f"{b} x ({m} x {n})"
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _folded(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """Return the rows with their paths, those of equal layers as one."""
+    alike: dict[Row, list[Row]] = {}
+    for row in rows:
+        pattern = re.sub(r"\d+", "*", row.path)
+        key = row._replace(path=pattern, error=row.error and "")
+        alike.setdefault(key, []).append(row)
+    return [
+        (f"{len(same)} x {key.path}" if len(same) > 1 else same[0].path, same[0])
+        for key, same in alike.items()
+    ]
+
+
+def _cells(path: str, row: Row) -> tuple[str, ...]:
     def axes(part: tuple[int, ...] | None) -> str:
         return ",".join(map(str, part)) if part else "-"
 
     matrices = " + ".join(map(_stack_text, row.matrices))
     reason = f"? {row.reason}" if row.guess else row.reason
     return (
-        row.path or "(root)",
+        path or "(root)",
         str(row.shape),
         axes(row.rows),
         axes(row.columns),

@@ -3,7 +3,7 @@
 import html
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 WIDTH = 100
@@ -19,12 +19,14 @@ class Table(NamedTuple):
         each down to the given number of characters.
       breaks: how the cells of some columns are broken into lines of a width; others
         stay on one line.
+      colours: of the lines of the HTML table that have one.
     """
 
     head: tuple[str, ...]
     lines: Sequence[tuple[str, ...]]
     narrow: Sequence[tuple[int, int]]
     breaks: dict[int, Callable[[str, int], list[str]]]
+    colours: Mapping[int, str] = {}
 
 
 def as_text(table: Table, width: int = WIDTH) -> list[str]:
@@ -68,12 +70,14 @@ def _lines(cells: Sequence[str], table: Table, widths: dict[int, int]) -> list[s
 def as_html(table: Table) -> str:
     """Return a table as HTML, every cell escaped."""
 
-    def row(tag: str, cells: Sequence[str]) -> str:
+    def row(tag: str, cells: Sequence[str], colour: str | None = None) -> str:
         style = ' style="text-align: left"'
         inside = "".join(f"<{tag}{style}>{html.escape(c)}</{tag}>" for c in cells)
-        return f"<tr>{inside}</tr>"
+        shade = f' style="background: {colour}; color: black"' if colour else ""
+        return f"<tr{shade}>{inside}</tr>"
 
-    body = "".join(row("td", line) for line in table.lines)
+    lines = enumerate(table.lines)
+    body = "".join(row("td", line, table.colours.get(i)) for i, line in lines)
     head = row("th", table.head)
     return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
@@ -89,13 +93,8 @@ def paragraph(words: str, width: int = WIDTH) -> list[str]:
     )
 
 
-def at_words(cell: str, width: int) -> list[str]:
-    """Break a cell between words, and inside one that is too long."""
-    return textwrap.wrap(cell, max(width, 1), break_on_hyphens=False) or [""]
-
-
-def behind(mark: str) -> Callable[[str, int], list[str]]:
-    """Return what breaks a cell behind a mark, and nowhere else."""
+def after(mark: str) -> Callable[[str, int], list[str]]:
+    """Return what breaks a cell after a mark, and inside a piece that is too long."""
 
     def broken(cell: str, width: int) -> list[str]:
         lines = [""]
@@ -103,56 +102,8 @@ def behind(mark: str) -> Callable[[str, int], list[str]]:
             if lines[-1] and len((lines[-1] + piece).rstrip()) > width:
                 lines.append("")
             lines[-1] += piece
+            while len(lines[-1].rstrip()) > width:
+                lines[-1:] = lines[-1][:width], lines[-1][width:]
         return [line.rstrip() for line in lines]
 
     return broken
-
-
-def of_paths(paths: Sequence[str]) -> Callable[[str, int], list[str]]:
-    """Return what shortens a path, where it stays the only one of its kind.
-
-    Names in the middle become `...`, and letters in the middle of a name that is too
-    long on its own; names with a digit stay, since they tell layers apart. What is
-    still too long is broken behind a `"/"`.
-    """
-    found: dict[int, dict[str, int]] = {}
-
-    def broken(path: str, width: int) -> list[str]:
-        if len(path) <= width:
-            return [path]
-        if width not in found:
-            counts: dict[str, int] = {}
-            for other in paths:
-                short = _shortened(other, width)
-                counts[short] = counts.get(short, 0) + 1
-            found[width] = counts
-        short = _shortened(path, width)
-        return behind("/")(short if found[width].get(short) == 1 else path, width)
-
-    return broken
-
-
-def _shortened(path: str, width: int) -> str:
-    """Leave out names without a digit, from the middle, the first and two last stay."""
-    names = path.split("/")
-    while len("/".join(names)) > width:
-        middle = [
-            i
-            for i in range(1, len(names) - 2)
-            if names[i] != "..." and not any(map(str.isdigit, names[i]))
-        ]
-        if not middle:
-            break
-        names[min(middle, key=lambda i: abs(i - len(names) / 2))] = "..."
-        for i in range(len(names) - 1, 0, -1):
-            if names[i] == names[i - 1] == "...":
-                del names[i]
-    return "/".join(_clipped(name, width - 1) for name in names)
-
-
-def _clipped(name: str, width: int) -> str:
-    """Leave out letters from the middle of a name that is too long on its own."""
-    if len(name) <= width or any(map(str.isdigit, name)):
-        return name
-    kept = (width - 3) // 2
-    return f"{name[:kept]}...{name[-kept:]}"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import progress, tables, timing
-from orthax import transforms
+from orthax import tasks
 
 KEY = ("network", "tasks", "way", *tables.DEVICE)
 TASKS = (2, 4, 8)
@@ -100,13 +100,13 @@ def _summed(losses: Losses) -> Callable[[Tree, Tree], Tree]:
 
 
 def _side_by_side(
-    rule: transforms.TaskRule,
+    rule: tasks.TaskRule,
 ) -> Callable[[Losses], Callable[[Tree, Tree], Tree]]:
     def way(losses: Losses) -> Callable[[Tree, Tree], Tree]:
-        tx = transforms.combine_tasks(rule)
+        tx = tasks.combine_tasks(rule)
 
         def gradient(params: Tree, batch: Tree) -> Tree:
-            _, grads = transforms.task_value_and_grad(losses)(params, batch)
+            _, grads = tasks.task_value_and_grad(losses)(params, batch)
             return tx.update(grads, tx.init(params), params)[0]
 
         return gradient
@@ -115,17 +115,17 @@ def _side_by_side(
 
 
 def _two_passes(losses: Losses) -> Callable[[Tree, Tree], Tree]:
-    combined = transforms.combined_value_and_grad(losses)
+    combined = tasks.combined_value_and_grad(losses)
     return lambda params, batch: combined(params, batch)[1]
 
 
 WAYS = {
     SUM: _summed,
-    "OSGD()": _side_by_side(transforms.OSGD()),
+    "OSGD()": _side_by_side(tasks.OSGD()),
     "OSGD(), two passes": _two_passes,
-    "PCGrad()": _side_by_side(transforms.PCGrad()),
-    "CAGrad()": _side_by_side(transforms.CAGrad()),
-    "Symmetric()": _side_by_side(transforms.Symmetric()),
+    "PCGrad()": _side_by_side(tasks.PCGrad()),
+    "CAGrad()": _side_by_side(tasks.CAGrad()),
+    "Symmetric()": _side_by_side(tasks.Symmetric()),
 }
 
 
@@ -229,8 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for way in WAYS
         )
     ]
-    for network, tasks in progress.track(cases, "tasks"):
-        rows = measure(network, tasks, args.calls)
+    for network, count in progress.track(cases, "tasks"):
+        rows = measure(network, count, args.calls)
         tables.write(path, [row | device for row in rows], KEY)
     tables.publish(args, tasks=report(tables.read(path)))
 

@@ -6,11 +6,13 @@ from types import ModuleType
 
 from orthax import (
     components as components,
+    decorrelation as decorrelation,
     diagnostics as diagnostics,
     execution as execution,
     low_rank as low_rank,
     optimisers as optimisers,
     polar as polar,
+    tasks as tasks,
     transforms as transforms,
 )
 from orthax.execution import explain as explain
@@ -22,13 +24,15 @@ from orthax.optimisers import (
     orthogonal_sgd as orthogonal_sgd,
 )
 from orthax.polar import polar_factor as polar_factor
-from orthax.transforms import (
+from orthax.tasks import (
     combine_tasks as combine_tasks,
+    task_weights as task_weights,
+)
+from orthax.transforms import (
     normalise as normalise,
     normalise_components as normalise_components,
     orthogonalise as orthogonalise,
     scale_by_shape as scale_by_shape,
-    task_weights as task_weights,
 )
 
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ import optax
 
 import orthax
 from benchmarks import aot, costs
-from orthax import low_rank, nn, polar, transforms
+from orthax import decorrelation, low_rank, polar, transforms
 from orthax.components import ByName
 from orthax.execution import Stacking
 
@@ -144,12 +144,16 @@ def whole() -> Iterator[Program]:
         ),
         (state.trainable, state),
     )
-    for rule in (nn.Local(1e-3), nn.Polar(1e-3)):
-        state = jax.eval_shape(functools.partial(nn.init_decorrelation, 128, rule))
+    for rule in (decorrelation.Local(1e-3), decorrelation.Polar(1e-3)):
+        state = jax.eval_shape(
+            functools.partial(decorrelation.init_decorrelation, 128, rule)
+        )
         x = jax.ShapeDtypeStruct((256, 128), jnp.float32)
         yield Program(
             f"decorrelation {type(rule).__name__}",
-            lambda state, x, rule=rule: nn.update_decorrelation(state, x, rule),
+            lambda state, x, rule=rule: decorrelation.update_decorrelation(
+                state, x, rule
+            ),
             (state, x),
         )
 

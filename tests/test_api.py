@@ -7,12 +7,14 @@ import pytest
 import orthax
 from orthax import (
     components,
+    decorrelation,
     diagnostics,
     execution,
     low_rank,
     nn,
     optimisers,
     polar,
+    tasks,
     transforms,
 )
 
@@ -25,6 +27,8 @@ ROOMS = {
     "diagnostics": diagnostics,
     "low_rank": low_rank,
     "nn": nn,
+    "decorrelation": decorrelation,
+    "tasks": tasks,
 }
 PUBLIC = {
     f"{room}.{name}": value

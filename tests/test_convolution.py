@@ -12,7 +12,7 @@ from jax import export, lax
 
 from examples.models import convolution
 from examples.models.convolution import convolve
-from orthax import transforms
+from orthax import tasks
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 EPS = np.finfo(np.float32).eps
@@ -194,9 +194,9 @@ def test_tasks_in_two_passes_need_no_forward_mode():
         y = convolve(x, kernel, (2, 2), "SAME", dimension_numbers=LAYOUT)
         return jnp.stack([(y**2).mean(), jnp.tanh(y[0]).mean(), -y[-1, 0].mean()])
 
-    _, found = transforms.combined_value_and_grad(losses)(kernel)
-    _, grads = transforms.task_value_and_grad(losses)(kernel)
-    tx = transforms.combine_tasks()
+    _, found = tasks.combined_value_and_grad(losses)(kernel)
+    _, grads = tasks.task_value_and_grad(losses)(kernel)
+    tx = tasks.combine_tasks()
     expected, _ = tx.update(grads, tx.init(kernel))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 

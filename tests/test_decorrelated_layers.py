@@ -13,10 +13,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import orthax
-from orthax import components, nn, polar
+from orthax import components, decorrelation, diagnostics, nn, polar
 from orthax.nn._samples import samples_of
 
-POLAR = nn.Polar(momentum=1.0)
+POLAR = decorrelation.Polar(momentum=1.0)
 run = nnx.jit(lambda layer, x: layer(x))
 
 
@@ -229,7 +229,7 @@ def test_conv_of_one_axis(padding):
 
 
 def test_conv_learns_what_linear_learns_on_patches():
-    rule = nn.Scaled(0.01)
+    rule = decorrelation.Scaled(0.01)
     layer, dense = conv(rule=rule), linear(18, 4, rule)
     for seed in range(3):
         x = images(4, 6, 5, 3, seed=seed)
@@ -257,7 +257,7 @@ def test_conv_calls_the_function_that_it_was_given():
 
 def test_conv_draws_patches():
     # Drawn patches are patches, and the mean is that of all.
-    rule = nn.OffDiagonal(1.0)
+    rule = decorrelation.OffDiagonal(1.0)
     layer, x = conv(rule=rule, sample=0.2), images(4, 6, 5, 3)
     rows = patches(x, layer).reshape(-1, 18)
     index = np.array([0, 7, 119, 64])
@@ -277,7 +277,7 @@ def test_conv_draws_patches():
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_gradients_with_statistics_held_fixed(kind, x64):
-    rule = nn.Polar()
+    rule = decorrelation.Polar()
     if kind == "linear":
         layer, x = linear(4, 3, rule, param_dtype="float64"), jnp.asarray(normal(5, 4))
     else:
@@ -355,7 +355,9 @@ def test_decorrelate_a_model_and_fuse_it():
     x = images(24, 4, 4, 3)
     before = run(model, x)
     new = nn.decorrelate(
-        model, nn.Scaled(0.01), select=lambda path, layer: seen.append(path) or True
+        model,
+        decorrelation.Scaled(0.01),
+        select=lambda path, layer: seen.append(path) or True,
     )
     assert set(seen) == LAYERS and len(seen) == len(LAYERS)
     assert type(model.head) is nnx.Linear  # a copy
@@ -381,17 +383,20 @@ def test_decorrelate_in_place_and_some_layers():
     model = Model(nnx.Rngs(0))
     kernel = model.head.kernel
     new = nn.decorrelate(
-        model, nn.Scaled(0.01), select=lambda path, _: path == "head", copy=False
+        model,
+        decorrelation.Scaled(0.01),
+        select=lambda path, _: path == "head",
+        copy=False,
     )
     assert new is model
     assert model.head.layer.kernel is kernel
     assert type(model.first) is nnx.Conv
     # Again: what is decorrelated stays, the rest follows.
-    nn.decorrelate(model, nn.Polar(), copy=False)
-    assert model.head.rule == nn.Scaled(0.01)
+    nn.decorrelate(model, decorrelation.Polar(), copy=False)
+    assert model.head.rule == decorrelation.Scaled(0.01)
     assert model.head.layer.kernel is kernel
-    assert model.first.rule == nn.Polar()
-    layer = nn.decorrelate(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nn.Polar())
+    assert model.first.rule == decorrelation.Polar()
+    layer = nn.decorrelate(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), decorrelation.Polar())
     assert type(nn.fuse(layer)) is nnx.Linear
 
 
@@ -473,7 +478,7 @@ def decorrelate(layer):
 
 
 def test_statistics_are_no_parameters():
-    model = nn.decorrelate(Model(nnx.Rngs(0)), nn.Scaled(0.01))
+    model = nn.decorrelate(Model(nnx.Rngs(0)), decorrelation.Scaled(0.01))
     tx = optax.chain(
         orthax.orthogonalise(rule=components.from_model(model)),
         optax.add_decayed_weights(0.1),
@@ -504,7 +509,7 @@ def test_statistics_are_no_parameters():
 
 
 def test_rules_know_the_kernels():
-    model = nn.decorrelate(Model(nnx.Rngs(0)), nn.Polar())
+    model = nn.decorrelate(Model(nnx.Rngs(0)), decorrelation.Polar())
     kernels = {p: x for p, x in parameters(model).items() if p.endswith("kernel")}
     assert "body/layers/0/layer/kernel" in kernels and len(kernels) == len(LAYERS)
     for rule in (components.from_model(model), components.ByName()):
@@ -516,7 +521,7 @@ def test_rules_know_the_kernels():
 
 def test_updates_are_explicit_about_when():
     x = single(normal(16, 6))
-    layer = linear(rule=nn.Scaled(0.05))
+    layer = linear(rule=decorrelation.Scaled(0.05))
 
     def count():
         return layer.statistics.updates[...].item()
@@ -545,7 +550,7 @@ def test_updates_are_explicit_about_when():
 
 def test_no_recompilation():
     traces = []
-    layer = conv(rule=nn.Polar(), sample=0.2)
+    layer = conv(rule=decorrelation.Polar(), sample=0.2)
 
     @nnx.jit
     def step(layer, x):
@@ -561,7 +566,12 @@ def test_no_recompilation():
 
 def test_seeds_under_vmap():
     # Several decompositions in one program, each of a stack: batched they could hang.
-    rules = (nn.Polar(), nn.Polar(), nn.Polar(), nn.Lateral(0.01))
+    rules = (
+        decorrelation.Polar(),
+        decorrelation.Polar(),
+        decorrelation.Polar(),
+        decorrelation.Lateral(0.01),
+    )
 
     def model(rngs):
         return nnx.Sequential(
@@ -589,7 +599,7 @@ def test_layers_under_scan():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0)
     def make(rngs):
-        return nn.DecorrelatedLinear(6, 6, nn.Scaled(0.1), rngs=rngs)
+        return nn.DecorrelatedLinear(6, 6, decorrelation.Scaled(0.1), rngs=rngs)
 
     @nnx.jit
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -599,7 +609,7 @@ def test_layers_under_scan():
     layers, x = make(nnx.Rngs(0)), single(normal(16, 6))
     forward(layers, x)
     assert layers.statistics.updates[...].tolist() == [1, 1, 1]
-    first = linear(6, 6, nn.Scaled(0.1))
+    first = linear(6, 6, decorrelation.Scaled(0.1))
     run(first, x)
     close(layers.statistics.transform[...][0], first.statistics.transform[...])
 
@@ -628,7 +638,7 @@ def test_data_parallel_in_shard_map():
 def test_explicit_mesh(kind):
     explicit = (jax.sharding.AxisType.Explicit,)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=explicit)
-    rule = nn.Scaled(0.01)
+    rule = decorrelation.Scaled(0.01)
     make, x = linear, single(1 + normal(16, 3, 6))
     if kind == "conv":
         make, x = functools.partial(conv, sample=0.2), images(16, 4, 5, 3)
@@ -680,7 +690,7 @@ def test_low_precision_layers():
 
 def test_methods_of_the_polar_rule_in_a_layer():
     x = single(1 + normal(64, 6) @ normal(6, 6, seed=1))
-    layer = trained(linear(rule=nn.Polar(method=polar.Auto())), x, x)
-    assert nn.off_diagonal_correlation(x) > 0.1
-    z = nn.apply_decorrelation(layer.state(), x, layer.rule)
-    assert nn.off_diagonal_correlation(z) < 1e-3
+    layer = trained(linear(rule=decorrelation.Polar(method=polar.Auto())), x, x)
+    assert diagnostics.off_diagonal_correlation(x) > 0.1
+    z = decorrelation.apply_decorrelation(layer.state(), x, layer.rule)
+    assert diagnostics.off_diagonal_correlation(z) < 1e-3

@@ -17,23 +17,23 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from orthax import nn, polar
+from orthax import decorrelation, diagnostics, polar
 
 D = 8
 CONDITIONS = (1.0, 1e2, 1e4)
 RULES = {
-    "scaled": nn.Scaled(0.2),
-    "off-diagonal": nn.OffDiagonal(0.5),
-    "local": nn.Local(0.5),
-    "whitening": nn.Whitening(0.3),
-    "lateral": nn.Lateral(0.005),
-    "blended": nn.Blended(0.3, 0.5),
-    "normalised": nn.Blended(0.5, 0.3, normalised=True),
-    "decorrelating": nn.Blended(0.5, 0.0),
-    "variances": nn.Blended(0.3, 1.0),
-    "factorised": nn.Factorised(0.03, 0.5),
-    "subspace": nn.Factorised(0.1, 0.3, 0.5, seed=1),
-    "polar": nn.Polar(),
+    "scaled": decorrelation.Scaled(0.2),
+    "off-diagonal": decorrelation.OffDiagonal(0.5),
+    "local": decorrelation.Local(0.5),
+    "whitening": decorrelation.Whitening(0.3),
+    "lateral": decorrelation.Lateral(0.005),
+    "blended": decorrelation.Blended(0.3, 0.5),
+    "normalised": decorrelation.Blended(0.5, 0.3, normalised=True),
+    "decorrelating": decorrelation.Blended(0.5, 0.0),
+    "variances": decorrelation.Blended(0.3, 1.0),
+    "factorised": decorrelation.Factorised(0.03, 0.5),
+    "subspace": decorrelation.Factorised(0.1, 0.3, 0.5, seed=1),
+    "polar": decorrelation.Polar(),
 }
 STEPS = dict.fromkeys(("off-diagonal", "local", "decorrelating", "factorised"), 20000)
 STEPS |= {"polar": 2}
@@ -199,7 +199,7 @@ def test_ways_to_apply_agree(name):
 
 
 def test_polar_of_one_batch_is_the_polar_factor():
-    rule, x = nn.Polar(momentum=1.0), single(normal(32, D))
+    rule, x = decorrelation.Polar(momentum=1.0), single(normal(32, D))
     x = x - x.mean(0)
     u, _, vt = np.linalg.svd(double(x), full_matrices=False)
     for before in (
@@ -211,7 +211,7 @@ def test_polar_of_one_batch_is_the_polar_factor():
 
 
 def test_polar_averages_the_covariance():
-    rule, a = nn.Polar(momentum=0.4), np.zeros((D, D))
+    rule, a = decorrelation.Polar(momentum=0.4), np.zeros((D, D))
     state = rule.init(D, "float32")
     for t in range(4):
         x = normal(12, D, seed=t) * 2.0**t
@@ -225,7 +225,7 @@ def test_polar_averages_the_covariance():
 @pytest.mark.parametrize("method", [polar.SVD(), polar.Auto()], ids=repr)
 def test_polar_does_not_square_the_condition(method):
     """Its error grows with the square root of the condition of the covariance."""
-    rule, eps = nn.Polar(method=method), np.finfo(np.float32).eps
+    rule, eps = decorrelation.Polar(method=method), np.finfo(np.float32).eps
     for condition in (1e4, 1e5):
         sigma, *_ = covariance(condition, 32)
         x = single(samples(sigma, 64))
@@ -246,7 +246,7 @@ def test_polar_null_directions_are_zero_and_floor_bounds_the_rest(scale):
     x = normal(6, D)
     x[:, 3], x[:, 5] = 0, x[:, 1]
     x -= x.mean(0)
-    rule = nn.Polar(momentum=1.0, floor=1e-3)
+    rule = decorrelation.Polar(momentum=1.0, floor=1e-3)
     r = rule.matrix(trained(rule, single(scale * x), 1))
     _, s, vt = np.linalg.svd(x, full_matrices=False)
     kept = s > 1e-6 * s[0]
@@ -263,7 +263,7 @@ def test_polar_null_directions_are_zero_and_floor_bounds_the_rest(scale):
 
 
 learn_one = jax.jit(
-    nn.update_decorrelation, static_argnums=2, static_argnames="momentum"
+    decorrelation.update_decorrelation, static_argnums=2, static_argnames="momentum"
 )
 
 
@@ -275,15 +275,15 @@ def learnt(state, xs, rule):
 
 
 def test_running_mean():
-    rule, xs = nn.Scaled(0.01), 3 + normal(5, 6, D)
-    state = learnt(nn.init_decorrelation(D, rule), single(xs), rule)
+    rule, xs = decorrelation.Scaled(0.01), 3 + normal(5, 6, D)
+    state = learnt(decorrelation.init_decorrelation(D, rule), single(xs), rule)
     mean = np.zeros(D)
     for t, x in enumerate(xs):
         mean += max(0.25, 1 / (t + 1)) * (x.mean(0) - mean)
     np.testing.assert_allclose(state.mean, mean, rtol=1e-5)
     assert (state.updates, state.skipped) == (5, 0)
     x = single(normal(2, 3, D, seed=9))
-    z = nn.apply_decorrelation(state, x, rule)
+    z = decorrelation.apply_decorrelation(state, x, rule)
     r = double(rule.matrix(state.transform))
     np.testing.assert_allclose(z, (x - mean) @ r.T, rtol=1e-4, atol=1e-5)
 
@@ -299,7 +299,9 @@ def bad_batches():
 @each_rule
 def test_batches_that_are_not_finite_are_skipped_and_counted(name):
     rule = RULES[name]
-    state = learnt(nn.init_decorrelation(D, rule), single(normal(2, 6, D)), rule)
+    state = learnt(
+        decorrelation.init_decorrelation(D, rule), single(normal(2, 6, D)), rule
+    )
     assert state.updates == 2
     after = learnt(state, single(np.stack(list(bad_batches()))), rule)
     assert after.skipped == 3
@@ -314,9 +316,9 @@ def test_batches_that_are_not_finite_are_skipped_and_counted(name):
 
 @pytest.mark.parametrize("shape", [(D,), (1, D), (0, D)])
 def test_fewer_than_two_samples_teach_nothing(shape):
-    rule = nn.Polar()
-    state = nn.init_decorrelation(D, rule)
-    after = nn.update_decorrelation(state, single(normal(*shape)), rule)
+    rule = decorrelation.Polar()
+    state = decorrelation.init_decorrelation(D, rule)
+    after = decorrelation.update_decorrelation(state, single(normal(*shape)), rule)
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
@@ -326,9 +328,9 @@ def test_constant_features_and_few_samples(name):
     rule = RULES[name]
     xs = 0.2 * normal(200, 6, D)
     xs[..., 2], xs[..., 6] = 0, 7
-    state = learnt(nn.init_decorrelation(D, rule), single(xs), rule)
+    state = learnt(decorrelation.init_decorrelation(D, rule), single(xs), rule)
     assert (state.updates, state.skipped) == (200, 0)
-    z = nn.apply_decorrelation(state, single(xs[0]), rule)
+    z = decorrelation.apply_decorrelation(state, single(xs[0]), rule)
     assert np.isfinite(z).all() and np.abs(z).max() < 100
     if name not in ("factorised", "subspace"):  # those mix features
         assert np.abs(z[:, [2, 6]]).max() < 1e-3
@@ -340,16 +342,18 @@ def test_constant_features_and_few_samples(name):
 
 def test_drawn_samples_are_unbiased():
     # Sorted samples, of which the first tenth says nothing of the rest.
-    rule, n = nn.OffDiagonal(1.0), 200
+    rule, n = decorrelation.OffDiagonal(1.0), 200
     x = normal(n, 3) @ np.array([[1.0, 0.7, 0], [0, 1, -0.5], [0, 0, 1]])
     x[: n // 10] *= 5
     x = x - x.mean(0)
-    state = nn.init_decorrelation(3, rule)
+    state = decorrelation.init_decorrelation(3, rule)
 
     @jax.jit
     @jax.vmap
     def update(key):
-        return nn.update_decorrelation(state, single(x), rule, sample=0.1, key=key)
+        return decorrelation.update_decorrelation(
+            state, single(x), rule, sample=0.1, key=key
+        )
 
     drawn = update(jax.random.split(jax.random.key(0), 4000))
     np.testing.assert_allclose(drawn.mean, np.zeros((4000, 3)), atol=1e-6)  # of all
@@ -371,14 +375,16 @@ def states():
     """A state of every rule that has learnt a little."""
     x = single(normal(6, D, seed=1))
     return {
-        name: learn_one(nn.init_decorrelation(D, rule), x, rule, momentum=0.25)
+        name: learn_one(
+            decorrelation.init_decorrelation(D, rule), x, rule, momentum=0.25
+        )
         for name, rule in RULES.items()
     }
 
 
 def learn_all(states, x, **kwargs):
     return {
-        name: nn.update_decorrelation(state, x, RULES[name], **kwargs)
+        name: decorrelation.update_decorrelation(state, x, RULES[name], **kwargs)
         for name, state in states.items()
     }
 
@@ -416,13 +422,13 @@ def test_sharded_batch_under_jit(kind):
 
 
 def test_devices_draw_samples_of_their_own():
-    rule = nn.Whitening(1.0)
+    rule = decorrelation.Whitening(1.0)
     x = jnp.tile(single(normal(20, D)), (8, 1))  # the same on every device
-    state = nn.init_decorrelation(D, rule)
+    state = decorrelation.init_decorrelation(D, rule)
 
     def update(key, x):
         options = {"axis_name": "batch", "sample": 0.1, "key": key}
-        return nn.update_decorrelation(state, x, rule, **options)
+        return decorrelation.update_decorrelation(state, x, rule, **options)
 
     split = jax.shard_map(
         update, mesh=mesh(), in_specs=(P(), P("batch")), out_specs=P()
@@ -435,21 +441,23 @@ def test_devices_draw_samples_of_their_own():
 
 def test_low_precision_is_converted_first():
     dtype = "bfloat16"
-    rule, x = nn.Polar(), single(normal(16, D)).astype(dtype)
-    state = nn.update_decorrelation(nn.init_decorrelation(D, rule), x, rule)
-    exact = nn.update_decorrelation(
-        nn.init_decorrelation(D, rule), x.astype("float32"), rule
+    rule, x = decorrelation.Polar(), single(normal(16, D)).astype(dtype)
+    state = decorrelation.update_decorrelation(
+        decorrelation.init_decorrelation(D, rule), x, rule
+    )
+    exact = decorrelation.update_decorrelation(
+        decorrelation.init_decorrelation(D, rule), x.astype("float32"), rule
     )
     assert state.mean.dtype == "float32"
     jax.tree.map(np.testing.assert_array_equal, state, exact)
-    assert nn.apply_decorrelation(state, x, rule).dtype == dtype
+    assert decorrelation.apply_decorrelation(state, x, rule).dtype == dtype
 
 
 def test_float64_stays(x64):
     sigma, *_ = covariance(1e10)
-    rule = nn.Polar(floor=1e-6)
-    state = nn.init_decorrelation(D, rule, "float64")
-    state = nn.update_decorrelation(state, jnp.asarray(samples(sigma)), rule)
+    rule = decorrelation.Polar(floor=1e-6)
+    state = decorrelation.init_decorrelation(D, rule, "float64")
+    state = decorrelation.update_decorrelation(state, jnp.asarray(samples(sigma)), rule)
     r = rule.matrix(state.transform)
     assert r.dtype == state.mean.dtype == "float64"
     np.testing.assert_allclose(r @ sigma @ r.T, np.eye(D), atol=1e-6)
@@ -457,10 +465,13 @@ def test_float64_stays(x64):
 
 def test_running_averages_are_in_float64(x64):
     """A weight of a third, rounded to float32, is off by 1e-8."""
-    rule = nn.Polar(momentum=0.01)
-    state, batches = nn.init_decorrelation(D, rule, "float64"), normal(3, 20, D)
+    rule = decorrelation.Polar(momentum=0.01)
+    state, batches = (
+        decorrelation.init_decorrelation(D, rule, "float64"),
+        normal(3, 20, D),
+    )
     for x in jnp.asarray(batches):
-        state = nn.update_decorrelation(state, x, rule, momentum=0.01)
+        state = decorrelation.update_decorrelation(state, x, rule, momentum=0.01)
     means = batches.mean(axis=1)
     assert np.abs(state.mean - means.mean(0)).max() < 1e-14
     centred = batches - means[:, None]
@@ -469,11 +480,11 @@ def test_running_averages_are_in_float64(x64):
 
 
 def test_nothing_is_differentiated_through_the_update():
-    rule, x = nn.Scaled(0.1), single(normal(6, D))
-    state = nn.init_decorrelation(D, rule)
+    rule, x = decorrelation.Scaled(0.1), single(normal(6, D))
+    state = decorrelation.init_decorrelation(D, rule)
 
     def f(x, scale):
-        new = nn.update_decorrelation(state, scale * x, rule)
+        new = decorrelation.update_decorrelation(state, scale * x, rule)
         return jnp.sum(new.mean) + jnp.sum(new.transform)
 
     for gradient in jax.grad(f, argnums=(0, 1))(x, 2.0):
@@ -481,12 +492,16 @@ def test_nothing_is_differentiated_through_the_update():
 
 
 def test_gradient_of_apply():
-    rule, x = nn.Scaled(0.3), normal(6, D)
-    state = nn.update_decorrelation(nn.init_decorrelation(D, rule), single(x), rule)
+    rule, x = decorrelation.Scaled(0.3), normal(6, D)
+    state = decorrelation.update_decorrelation(
+        decorrelation.init_decorrelation(D, rule), single(x), rule
+    )
     weights = normal(6, D, seed=1)
 
     def f(state, x):
-        return jnp.sum(single(weights) * nn.apply_decorrelation(state, x, rule))
+        return jnp.sum(
+            single(weights) * decorrelation.apply_decorrelation(state, x, rule)
+        )
 
     of_state, of_x = jax.grad(f, argnums=(0, 1), allow_int=True)(state, single(x))
     r = double(rule.matrix(state.transform))
@@ -519,58 +534,78 @@ class Standardised:
 
 def test_own_rule():
     rule, x = Standardised(), single(5 * normal(40, D))
-    state = nn.update_decorrelation(nn.init_decorrelation(D, rule), x, rule)
+    state = decorrelation.update_decorrelation(
+        decorrelation.init_decorrelation(D, rule), x, rule
+    )
     np.testing.assert_allclose(
-        jnp.var(nn.apply_decorrelation(state, x, rule), 0), 1, 1e-5
+        jnp.var(decorrelation.apply_decorrelation(state, x, rule), 0), 1, 1e-5
     )
 
 
 def test_off_diagonal_correlation():
     x = normal(50, 4) @ normal(4, 4, seed=1) + 10
     expected = np.abs(off(np.corrcoef(x.T))).sum() / 12
-    found = nn.off_diagonal_correlation(single(x).reshape(5, 10, 4))
+    found = diagnostics.off_diagonal_correlation(single(x).reshape(5, 10, 4))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     np.testing.assert_allclose(
-        nn.off_diagonal_correlation(single(1e-20 * x)), expected, 1e-3
+        diagnostics.off_diagonal_correlation(single(1e-20 * x)), expected, 1e-3
     )
     constant = np.concatenate([x, np.full((50, 2), 0.1)], axis=1)
     expected = np.abs(off(np.corrcoef(x.T))).sum() / 30
     np.testing.assert_allclose(
-        nn.off_diagonal_correlation(single(constant)), expected, 1e-4
+        diagnostics.off_diagonal_correlation(single(constant)), expected, 1e-4
     )
-    assert np.isnan(nn.off_diagonal_correlation(single(x).at[0, 0].set(jnp.nan)))
+    assert np.isnan(
+        diagnostics.off_diagonal_correlation(single(x).at[0, 0].set(jnp.nan))
+    )
 
 
-STATE = nn.init_decorrelation(D, nn.Polar())
+STATE = decorrelation.init_decorrelation(D, decorrelation.Polar())
 X = jnp.ones((4, D))
 
 
 @pytest.mark.parametrize(
     "make, error, words",
     [
-        (lambda: nn.Scaled(0.0), ValueError, "above zero"),
-        (lambda: nn.Scaled(-1.0), ValueError, "negative"),
-        (lambda: nn.OffDiagonal(float("nan")), ValueError, "finite"),
-        (lambda: nn.Local("fast"), TypeError, "Python number"),
-        (lambda: nn.Whitening(jnp.ones(())), TypeError, "static under jit"),
-        (lambda: nn.Lateral(True), TypeError, "Python number"),
-        (lambda: nn.Blended(0.1, 1.5), ValueError, "at most 1"),
-        (lambda: nn.Factorised(0.1, 0.0), ValueError, "above zero"),
-        (lambda: nn.Factorised(0.1, 0.5, 1.5), ValueError, "at most 1"),
-        (lambda: nn.Factorised(0.1, seed=0.5), TypeError, "an integer"),
-        (lambda: nn.Polar(momentum=0.0), ValueError, "above zero"),
-        (lambda: nn.Polar(floor=-1e-3), ValueError, "negative"),
-        (lambda: nn.Polar(method="svd"), TypeError, "polar method"),
-        (lambda: nn.init_decorrelation(D, nn.Polar), TypeError, "a class"),
-        (lambda: nn.init_decorrelation(D, "polar"), TypeError, "decorrelation rule"),
-        (lambda: nn.init_decorrelation(0, nn.Polar()), ValueError, "1 or more"),
+        (lambda: decorrelation.Scaled(0.0), ValueError, "above zero"),
+        (lambda: decorrelation.Scaled(-1.0), ValueError, "negative"),
+        (lambda: decorrelation.OffDiagonal(float("nan")), ValueError, "finite"),
+        (lambda: decorrelation.Local("fast"), TypeError, "Python number"),
+        (lambda: decorrelation.Whitening(jnp.ones(())), TypeError, "static under jit"),
+        (lambda: decorrelation.Lateral(True), TypeError, "Python number"),
+        (lambda: decorrelation.Blended(0.1, 1.5), ValueError, "at most 1"),
+        (lambda: decorrelation.Factorised(0.1, 0.0), ValueError, "above zero"),
+        (lambda: decorrelation.Factorised(0.1, 0.5, 1.5), ValueError, "at most 1"),
+        (lambda: decorrelation.Factorised(0.1, seed=0.5), TypeError, "an integer"),
+        (lambda: decorrelation.Polar(momentum=0.0), ValueError, "above zero"),
+        (lambda: decorrelation.Polar(floor=-1e-3), ValueError, "negative"),
+        (lambda: decorrelation.Polar(method="svd"), TypeError, "polar method"),
+        (
+            lambda: decorrelation.init_decorrelation(D, decorrelation.Polar),
+            TypeError,
+            "a class",
+        ),
+        (
+            lambda: decorrelation.init_decorrelation(D, "polar"),
+            TypeError,
+            "decorrelation rule",
+        ),
+        (
+            lambda: decorrelation.init_decorrelation(0, decorrelation.Polar()),
+            ValueError,
+            "1 or more",
+        ),
         (lambda: update(X[:, 1:]), ValueError, "8 features"),
         (lambda: update(X.astype(int)), TypeError, "floating"),
         (lambda: update(X, momentum=0), ValueError, "momentum"),
         (lambda: update(X, sample=2.0), ValueError, "sample"),
         (lambda: update(X, sample=0.5), ValueError, "needs a `key`"),
-        (lambda: nn.off_diagonal_correlation(X[:, :1]), ValueError, "d > 1"),
-        (lambda: nn.off_diagonal_correlation(X.astype(int)), TypeError, "floating"),
+        (lambda: diagnostics.off_diagonal_correlation(X[:, :1]), ValueError, "d > 1"),
+        (
+            lambda: diagnostics.off_diagonal_correlation(X.astype(int)),
+            TypeError,
+            "floating",
+        ),
     ],
 )
 def test_bad_arguments_raise(make, error, words):
@@ -579,7 +614,7 @@ def test_bad_arguments_raise(make, error, words):
 
 
 def update(x, **kwargs):
-    return nn.update_decorrelation(STATE, x, nn.Polar(), **kwargs)
+    return decorrelation.update_decorrelation(STATE, x, decorrelation.Polar(), **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -588,15 +623,15 @@ def update(x, **kwargs):
 def test_several_layers_under_vmap_do_not_deadlock(name):
     program = f"""
 import jax
-from orthax import nn
-rule = nn.{name}
-state = nn.init_decorrelation(64, rule)
+from orthax import decorrelation
+rule = decorrelation.{name}
+state = decorrelation.init_decorrelation(64, rule)
 def of_seed(key):
     def step(states, _):
         x, new = jax.random.normal(key, (64, 64)), []
         for s in states:
-            new.append(nn.update_decorrelation(s, x, rule))
-            x = nn.apply_decorrelation(s, x, rule)
+            new.append(decorrelation.update_decorrelation(s, x, rule))
+            x = decorrelation.apply_decorrelation(s, x, rule)
         return new, None
     return jax.lax.scan(step, [state] * 3, None, length=3)[0]
 states = jax.jit(jax.vmap(of_seed))(jax.random.split(jax.random.key(0), 21))

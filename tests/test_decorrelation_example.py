@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import orthax
 from examples import decorrelation
 from examples.data import load_digits
 from examples.experiments.decorrelation import memory, page, report, speed, training
@@ -55,7 +56,7 @@ SIZES = {
     "mlp": {"side": 4, "widths": (6, 5)},
     "conv": {"side": 8, "widths": (3, 4, 5)},
 }
-RULE = nn.Scaled(0.1)
+RULE = orthax.decorrelation.Scaled(0.1)
 CASES = [("mlp", None), ("conv", None), ("mlp", RULE), ("conv", RULE)]
 
 

@@ -21,6 +21,7 @@ from orthax import (
     components,
     execution,
     polar,
+    tasks,
     transforms,
 )
 from orthax.components import ByName, ByPath, Matricisation
@@ -283,17 +284,17 @@ MISTAKES = {
         ("`gram`", "combine_tasks()"),
     ),
     "a task rule not called": (
-        lambda: orthax.combine_tasks(transforms.OSGD),
+        lambda: orthax.combine_tasks(tasks.OSGD),
         TypeError,
         ("Write OSGD().",),
     ),
     "the first task": (
-        lambda: transforms.OSGD(0),
+        lambda: tasks.OSGD(0),
         TypeError,
         ("`order`", "got 0", "all of them"),
     ),
     "a seed in quotes": (
-        lambda: orthax.combine_tasks(transforms.PCGrad(key="0")).init(PARAMS),
+        lambda: orthax.combine_tasks(tasks.PCGrad(key="0")).init(PARAMS),
         TypeError,
         ("`key`", "a seed", "of type str"),
     ),
@@ -337,7 +338,7 @@ def test_advice_is_given_once_however_many_leaves():
 
 
 def public_dataclasses():
-    for room in (components, polar, transforms):
+    for room in (components, execution, polar, tasks, transforms):
         for name, value in vars(room).items():
             if inspect.isclass(value) and dataclasses.is_dataclass(value):
                 yield f"{room.__name__}.{name}", value
@@ -357,14 +358,14 @@ PRINTED = [
     ByPath([("bias", None), ("kernel", Matricisation((0,), (1,)))]),
     components.OnlyConvolutions(ByName()),
     execution.Stacking(2**20, ("data",)),
-    transforms.OSGD((1, 0), "total"),
+    tasks.OSGD((1, 0), "total"),
 ]
 # Given a model, from whose modules it is made: more than anybody types.
 NOT_TYPED = {"orthax.components.FromModel"}
 
 
 def evaluated(text):
-    spaces = (vars(r) for r in (components, execution, polar, transforms))
+    spaces = map(vars, (components, execution, polar, tasks, transforms))
     names = {name: value for space in spaces for name, value in space.items()}
     return eval(text, names)
 

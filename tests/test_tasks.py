@@ -8,8 +8,8 @@ import pytest
 import scipy.optimize
 
 import orthax
-from orthax import transforms
-from orthax.transforms import (
+from orthax import tasks
+from orthax.tasks import (
     OSGD,
     CAGrad,
     GradVac,
@@ -597,4 +597,4 @@ def test_rules_are_no_schedules():
     """`optax.inject_hyperparams` takes whatever is callable for one."""
     for rule in RULES.values():
         assert not callable(rule)
-        assert isinstance(rule, transforms.TaskRule)
+        assert isinstance(rule, tasks.TaskRule)

@@ -12,7 +12,16 @@ import optax
 from flax import nnx
 
 import orthax
-from orthax import components, diagnostics, execution, low_rank, nn, polar, transforms
+from orthax import (
+    components,
+    diagnostics,
+    execution,
+    low_rank,
+    nn,
+    polar,
+    tasks,
+    transforms,
+)
 
 params: optax.Params = {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}
 
@@ -32,8 +41,8 @@ optimisers: list[optax.GradientTransformationExtraArgs] = [
     orthax.normuon(1e-3, method=polar.Auto("fast")),
     orthax.orthogonalize(polar.SVD(null_space="complete")),
     transforms.restore_norm(orthax.orthogonalise(), transforms.NuclearNorm()),
-    orthax.combine_tasks(transforms.OSGD((1, 0)), scope="leaf"),
-    orthax.combine_tasks(transforms.PCGrad(key=jax.random.key(0))),
+    orthax.combine_tasks(tasks.OSGD((1, 0)), scope="leaf"),
+    orthax.combine_tasks(tasks.PCGrad(key=jax.random.key(0))),
     orthax.normalise(),
     orthax.normalise_components(rule=components.ByName(skip=("head",))),
 ]
@@ -100,4 +109,4 @@ polar.NewtonSchulz(5)  # pyright: ignore[reportArgumentType]
 polar.NewtonSchulz("jordan")  # pyright: ignore[reportArgumentType]
 components.ByPath({"kernel": None})  # pyright: ignore[reportArgumentType]
 execution.Stacking("1 GB")  # pyright: ignore[reportArgumentType]
-orthax.combine_tasks(transforms.OSGD)  # pyright: ignore[reportArgumentType]
+orthax.combine_tasks(tasks.OSGD)  # pyright: ignore[reportArgumentType]

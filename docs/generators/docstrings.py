@@ -13,7 +13,7 @@ from typing import Any
 
 ROOMS = (
     *("polar", "components", "execution", "transforms", "optimisers", "low_rank"),
-    *("nn", "diagnostics"),
+    *("nn", "decorrelation", "tasks", "diagnostics"),
 )
 # Code and what stands behind it, a formula, or what is markup in RST alone.
 _PIECE = re.compile(r"`([^`]+)`(\w?)|\$([^$]+)\$|(?<!\*)(\*)(?!\*)|(\|)")

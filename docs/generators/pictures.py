@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from examples.data.digits import load_digits
-from orthax import polar, transforms
+from orthax import polar, tasks
 
 SIZE = (7.0, 3.2)  # inches
 # The methods whose maps are drawn, under the names that readers know.
@@ -139,12 +139,12 @@ def task_updates() -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return two gradients in conflict, and the update that each rule makes of them."""
     grads = jnp.array([[1.0, 0.0], [-1.4, 1.2]])
     rules = {
-        "sum": transforms.Sum(),
-        "OSGD": transforms.OSGD(),
-        "symmetric": transforms.Symmetric(),
+        "sum": tasks.Sum(),
+        "OSGD": tasks.OSGD(),
+        "symmetric": tasks.Symmetric(),
     }
     updates = {
-        name: np.asarray(transforms.task_weights(grads @ grads.T, rule) @ grads)
+        name: np.asarray(tasks.task_weights(grads @ grads.T, rule) @ grads)
         for name, rule in rules.items()
     }
     return np.asarray(grads), updates

@@ -16,7 +16,7 @@ from flax import nnx
 
 from examples.models.convolution import convolve
 from examples.models.initialisers import KAIMING_FAN_IN
-from orthax import nn
+from orthax import decorrelation, nn
 
 Model = Literal["mlp", "conv"]
 MODELS: tuple[Model, ...] = Model.__args__
@@ -98,7 +98,7 @@ def flattened(x: jax.Array) -> jax.Array:
 
 def decorrelated(
     network: nnx.Sequential,
-    rule: nn.DecorrelationRule,
+    rule: decorrelation.DecorrelationRule,
     *,
     sample: float,
     rngs: nnx.Rngs,
@@ -166,4 +166,4 @@ def _decorrelated_samples(layer: nnx.Module, x: jax.Array) -> jax.Array:
         layer = layer.layer
     if not isinstance(layer, nn.Decorrelated):
         return x
-    return nn.apply_decorrelation(layer.state(), x, layer.rule)
+    return decorrelation.apply_decorrelation(layer.state(), x, layer.rule)

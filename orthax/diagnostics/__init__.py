@@ -20,6 +20,7 @@ from orthax.diagnostics._matrices import (
 from orthax.diagnostics._representations import (
     RepresentationCosines as RepresentationCosines,
     cosine_threshold as cosine_threshold,
+    off_diagonal_correlation as off_diagonal_correlation,
     representation_cosines as representation_cosines,
 )
 from orthax.diagnostics._stability import basis_stability as basis_stability

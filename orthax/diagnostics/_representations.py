@@ -198,3 +198,47 @@ def _no_direction(shape: tuple[int, ...], length: int, per_sample: bool) -> str:
         f"The vectors of activations of shape {shape} have length {length}, too short "
         f"for a direction (every |cosine| would be 1): {advice}."
     )
+
+
+def off_diagonal_correlation(z: jax.typing.ArrayLike) -> jax.Array:
+    r"""Return how correlated features are: the mean of |correlation| over all pairs.
+
+    Args:
+      z: samples, shape (*batch, d), floating, d at least 2; the mean is removed.
+
+    Returns:
+      A scalar, dimensionless, from 0 (uncorrelated) to 1.
+
+    Raises:
+      TypeError: if `z` is not floating.
+      ValueError: if `z` has fewer than two features.
+
+    Limits:
+      A constant feature has correlation 0 with every other. Of n samples of independent
+      Gaussian features it is about `0.8 / sqrt(n)`. NaN gives NaN. Holds d * d numbers.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import diagnostics
+      >>> z = jnp.array([[1.0, 2.0, 1.0], [-1.0, -2.0, 1.0], [0.0, 0.0, -2.0]])
+      >>> diagnostics.off_diagonal_correlation(z[:, :2]).round(4).item()
+      1.0
+      >>> diagnostics.off_diagonal_correlation(z).round(4).item()  # one pair of three
+      0.3333
+    """
+    z = jnp.asarray(z)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise TypeError(f"`z` must be floating, got dtype {z.dtype}: convert it first.")
+    if z.ndim < 2 or z.shape[-1] < 2:
+        raise ValueError(f"`z` must have shape (*batch, d), d > 1, got {z.shape}.")
+    d = z.shape[-1]
+    z = z.astype(jnp.promote_types(z.dtype, jnp.float32)).reshape(-1, d)
+    largest = jnp.max(jnp.abs(z), axis=0)
+    z = z - jnp.mean(z, axis=0)
+    # Rounding of the mean leaves a constant feature near, not at, zero.
+    size = jnp.max(jnp.abs(z), axis=0)
+    constant = size <= 8 * jnp.finfo(z.dtype).eps * largest
+    z = jnp.where(constant, 0, z / jnp.where(constant, 1, size))
+    z = z / jnp.where(constant, 1, jnp.linalg.norm(z, axis=0))
+    correlation = jnp.abs(jnp.matmul(z.T, z, precision=jax.lax.Precision.HIGHEST))
+    return (jnp.sum(correlation) - jnp.trace(correlation)) / (d * (d - 1))

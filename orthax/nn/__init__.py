@@ -11,10 +11,9 @@ need no telling: without `stages` they run every stage whose inputs are there. S
 grows in width (`NestedLinear`, `NestedConv`, `NestedNorm`), in depth (`Branched`,
 `Interlaced`), or in both (`Interlaced` with `widen=True`).
 
-**Decorrelated**: z = R (x - mu), with R learnt by a rule (`Scaled`, `Polar`, ...), is
+**Decorrelated**: z = R (x - mu), with R learnt by a rule of `orthax.decorrelation`, is
 what the layer gets instead of x. `DecorrelatedLinear` and `DecorrelatedConv` are such
-layers, `decorrelate` wraps those of a model, `fuse` folds R and mu away for inference;
-`update_decorrelation` is the same without layers.
+layers, `decorrelate` wraps those of a model, `fuse` folds R and mu away for inference.
 
 The room is not imported by `import orthax`; it needs Flax.
 """
@@ -34,29 +33,12 @@ from orthax.nn._decorrelated import (
     DecorrelatedLinear as DecorrelatedLinear,
     DecorrelationVariable as DecorrelationVariable,
 )
-from orthax.nn._decorrelation import (
-    DecorrelationState as DecorrelationState,
-    apply_decorrelation as apply_decorrelation,
-    init_decorrelation as init_decorrelation,
-    off_diagonal_correlation as off_diagonal_correlation,
-    update_decorrelation as update_decorrelation,
-)
-from orthax.nn._decorrelation_rules import DecorrelationRule as DecorrelationRule
-from orthax.nn._dense_rules import (
-    Blended as Blended,
-    Local as Local,
-    OffDiagonal as OffDiagonal,
-    Scaled as Scaled,
-    Whitening as Whitening,
-)
 from orthax.nn._depth import (
     Branched as Branched,
     Interlaced as Interlaced,
     Step as Step,
     interlacing as interlacing,
 )
-from orthax.nn._implicit_rules import Factorised as Factorised, Lateral as Lateral
-from orthax.nn._polar_rule import Polar as Polar, PolarState as PolarState
 from orthax.nn._width import (
     NestedConv as NestedConv,
     NestedLinear as NestedLinear,

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from orthax.internal.decorrelation import DecorrelationRule
 from orthax.nn._decorrelated import Decorrelated
-from orthax.nn._decorrelation_rules import DecorrelationRule
 from orthax.nn._folding import folded
 from orthax.nn._replacing import replaced
 from orthax.nn._samples import samples_of
@@ -61,12 +61,12 @@ def decorrelate(
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from orthax import nn
+      >>> from orthax import decorrelation, nn
       >>> rngs = nnx.Rngs(0)
       >>> model = nnx.Sequential(
       ...     nnx.Linear(8, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 3, rngs=rngs)
       ... )
-      >>> model = nn.decorrelate(model, nn.Polar())
+      >>> model = nn.decorrelate(model, decorrelation.Polar())
       >>> [type(model.layers[i]).__name__ for i in (0, 2)]
       ['Decorrelated', 'Decorrelated']
       >>> model(jnp.ones((5, 8))).shape
@@ -129,8 +129,9 @@ def fuse(model: Model) -> Model:
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from orthax import nn
-      >>> layer = nn.DecorrelatedLinear(8, 3, nn.Scaled(1e-3), rngs=nnx.Rngs(0))
+      >>> from orthax import decorrelation, nn
+      >>> rule = decorrelation.Scaled(1e-3)
+      >>> layer = nn.DecorrelatedLinear(8, 3, rule, rngs=nnx.Rngs(0))
       >>> type(nn.fuse(layer)).__name__
       'Linear'
     """

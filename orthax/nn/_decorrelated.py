@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from orthax.nn._decorrelation import (
+from orthax.internal.decorrelation import (
+    DecorrelationRule,
     DecorrelationState,
+    averaged,
     check_rule,
     check_shares,
     devices,
@@ -16,7 +18,6 @@ from orthax.nn._decorrelation import (
     init_decorrelation,
     update_decorrelation,
 )
-from orthax.nn._decorrelation_rules import DecorrelationRule, averaged
 from orthax.nn._samples import samples_of
 
 
@@ -69,9 +70,9 @@ class Decorrelated(nnx.Module):
     Example:
       >>> import jax
       >>> from flax import nnx
-      >>> from orthax import nn
+      >>> from orthax import decorrelation, nn
       >>> rngs = nnx.Rngs(0)
-      >>> layer = nn.Decorrelated(nnx.Linear(8, 3, rngs=rngs), nn.Polar())
+      >>> layer = nn.Decorrelated(nnx.Linear(8, 3, rngs=rngs), decorrelation.Polar())
       >>> x = jax.random.normal(jax.random.key(0), (64, 8))
       >>> layer(x).shape, layer.statistics.updates[...].item()
       ((64, 3), 1)
@@ -185,8 +186,9 @@ class DecorrelatedLinear(Decorrelated):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from orthax import nn
-      >>> layer = nn.DecorrelatedLinear(8, 3, nn.Scaled(1e-3), rngs=nnx.Rngs(0))
+      >>> from orthax import decorrelation, nn
+      >>> rule = decorrelation.Scaled(1e-3)
+      >>> layer = nn.DecorrelatedLinear(8, 3, rule, rngs=nnx.Rngs(0))
       >>> layer(jnp.ones((5, 8))).shape, layer.layer.kernel.shape
       ((5, 3), (8, 3))
 
@@ -250,9 +252,9 @@ class DecorrelatedConv(Decorrelated):
     Example:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
-      >>> from orthax import nn
+      >>> from orthax import decorrelation, nn
       >>> conv = nn.DecorrelatedConv(
-      ...     3, 8, (3, 3), nn.Scaled(1e-3), strides=2, rngs=nnx.Rngs(0)
+      ...     3, 8, (3, 3), decorrelation.Scaled(1e-3), strides=2, rngs=nnx.Rngs(0)
       ... )
       >>> conv(jnp.ones((4, 8, 8, 3))).shape, conv.statistics.mean.shape
       ((4, 4, 4, 8), (27,))

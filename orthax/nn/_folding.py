@@ -3,8 +3,7 @@
 import jax
 from flax import nnx
 
-from orthax.nn._decorrelation import DecorrelationState
-from orthax.nn._decorrelation_rules import DecorrelationRule, matmul
+from orthax.internal.decorrelation import DecorrelationRule, DecorrelationState, matmul
 
 
 def folded(

@@ -10,8 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from orthax.nn._decorrelation import DecorrelationState, apply_decorrelation
-from orthax.nn._decorrelation_rules import DecorrelationRule, gathered
+from orthax.internal.decorrelation import (
+    DecorrelationRule,
+    DecorrelationState,
+    apply_decorrelation,
+    gathered,
+)
 from orthax.nn._folding import folded
 
 

@@ -1,27 +1,14 @@
 """How many stages run, and on which of the given activations."""
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
+from orthax.internal.decorrelation import count
+
 # One array, or one for each stage.
 Activations = jax.Array | Sequence[jax.Array]
-
-
-def count(name: str, value: int) -> int:
-    """Return a positive integer, or raise, naming the argument."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"`{name}` must be an integer, and static under jit, got {value!r} of type "
-            f"{type(value).__name__}."
-        ) from None
-    if isinstance(value, bool) or number < 1:
-        raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
-    return number
 
 
 def features_of(name: str, value: int | Sequence[int]) -> tuple[int, ...]:

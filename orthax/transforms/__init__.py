@@ -4,11 +4,6 @@ from orthax.transforms._component_rms import (
     ScaleByComponentRMSState as ScaleByComponentRMSState,
     scale_by_component_rms as scale_by_component_rms,
 )
-from orthax.transforms._conflict_rules import (
-    CAGrad as CAGrad,
-    GradVac as GradVac,
-    PCGrad as PCGrad,
-)
 from orthax.transforms._hyperparameters import (
     check_dtype as check_dtype,
     check_hyperparameters as check_hyperparameters,
@@ -36,19 +31,4 @@ from orthax.transforms._shape import (
     Spectral as Spectral,
     Width as Width,
     scale_by_shape as scale_by_shape,
-)
-from orthax.transforms._task_gradients import (
-    combined_value_and_grad as combined_value_and_grad,
-    task_value_and_grad as task_value_and_grad,
-)
-from orthax.transforms._task_rules import (
-    OSGD as OSGD,
-    Sum as Sum,
-    Symmetric as Symmetric,
-    TaskRule as TaskRule,
-)
-from orthax.transforms._tasks import (
-    CombineTasksState as CombineTasksState,
-    combine_tasks as combine_tasks,
-    task_weights as task_weights,
 )

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from orthax import transforms
+from orthax import tasks
 
 Rule = Literal[
     "sum",
@@ -16,10 +16,10 @@ Rule = Literal[
     "symmetric",
 ]
 RULES: tuple[Rule, ...] = Rule.__args__
-STATEFUL = ("gradvac",)  # not with `transforms.combined_value_and_grad`
+STATEFUL = ("gradvac",)  # not with `tasks.combined_value_and_grad`
 
 
-def make_rule(name: Rule, tasks: int) -> transforms.TaskRule:
+def make_rule(name: Rule, tasks: int) -> tasks.TaskRule:
     """Return the rule of a name.
 
     Args:
@@ -29,21 +29,21 @@ def make_rule(name: Rule, tasks: int) -> transforms.TaskRule:
     """
     match name:
         case "sum":
-            return transforms.Sum()
+            return tasks.Sum()
         case "osgd":
-            return transforms.OSGD()
+            return tasks.OSGD()
         case "osgd_reversed":
-            return transforms.OSGD(order=range(tasks)[::-1])
+            return tasks.OSGD(order=range(tasks)[::-1])
         case "osgd_per_task":
-            return transforms.OSGD(normalise="per_task")
+            return tasks.OSGD(normalise="per_task")
         case "osgd_conflict_only":
-            return transforms.OSGD(conflict_only=True)
+            return tasks.OSGD(conflict_only=True)
         case "pcgrad":
-            return transforms.PCGrad()
+            return tasks.PCGrad()
         case "gradvac":
-            return transforms.GradVac(target=None, tasks=tasks)
+            return tasks.GradVac(target=None, tasks=tasks)
         case "cagrad":
-            return transforms.CAGrad()
+            return tasks.CAGrad()
         case "symmetric":
-            return transforms.Symmetric()
+            return tasks.Symmetric()
     raise ValueError(f"`name` is {name!r}; expected one of {', '.join(RULES)}")

@@ -28,7 +28,7 @@ from examples.training import supervised
 from examples.training.report import Row, circumstances, joined
 from examples.training.side_by_side import Trainer
 from examples.training.supervised import State, forward, normalised, score
-from orthax import transforms
+from orthax import tasks
 
 _MOST = 1000  # images that are evaluated at a time
 
@@ -47,7 +47,7 @@ class Recipe(supervised.Recipe):
     train_images: int  # the first ones; 0: all
     two_passes: bool
 
-    def task_rule(self) -> transforms.TaskRule:
+    def task_rule(self) -> tasks.TaskRule:
         """Return how the gradients of all exits become one; of a single one nothing."""
         return make_rule("sum" if self.rule == INDEPENDENT else self.rule, self.exit)
 
@@ -116,7 +116,7 @@ def make_optimiser(
     optimiser = supervised.make_optimiser(recipe, rate)
     if recipe.two_passes:
         return optimiser
-    return optax.chain(transforms.combine_tasks(recipe.task_rule()), optimiser)
+    return optax.chain(tasks.combine_tasks(recipe.task_rule()), optimiser)
 
 
 def initialise(keys: jax.Array, recipe: Recipe) -> State:
@@ -162,11 +162,11 @@ def train_step(
 
     if recipe.two_passes:
         rule = recipe.task_rule()
-        both = transforms.combined_value_and_grad(losses, rule, has_aux=True)
+        both = tasks.combined_value_and_grad(losses, rule, has_aux=True)
         (values, statistics), grads = both(state.params)
         cosines = jnp.full(math.comb(len(values), 2), jnp.nan)
     else:
-        each = transforms.task_value_and_grad(losses, has_aux=True)
+        each = tasks.task_value_and_grad(losses, has_aux=True)
         (values, statistics), grads = each(state.params)
         cosines = cosines_of(grads)
     tx = make_optimiser(recipe, rate)

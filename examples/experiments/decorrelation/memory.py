@@ -19,7 +19,7 @@ from flax import nnx
 from benchmarks import tables, timing
 from examples.experiments.decorrelation.rules import MeanRemoval
 from examples.training.report import RESULTS
-from orthax import nn
+from orthax import decorrelation, nn
 
 NAME = "decorrelation_memory.csv"
 _KEY = ("platform", "device", "features", "batch", "side", "case", "program")
@@ -58,8 +58,11 @@ class Settings:
 
     def cases(self) -> dict[str, nnx.Module]:
         """Return the layers that are measured, by name, without arrays."""
-        shape, scaled = (self.channels, self.channels, (3, 3)), nn.Scaled(_RATE)
-        factorised = nn.Factorised(_RATE, fraction=self.fraction)
+        shape, scaled = (
+            (self.channels, self.channels, (3, 3)),
+            decorrelation.Scaled(_RATE),
+        )
+        factorised = decorrelation.Factorised(_RATE, fraction=self.fraction)
         share, part = f"{self.sample:g} of the patches", f"k = {self.fraction:g} d"
         chosen = {
             "mean removal": (MeanRemoval(), self.sample),
@@ -67,7 +70,7 @@ class Settings:
             f"dense, {share}": (scaled, self.sample),
             f"factorised, {part}, all patches": (factorised, 1.0),
             f"factorised, {part}, {share}": (factorised, self.sample),
-            f"polar, {share}": (nn.Polar(), self.sample),
+            f"polar, {share}": (decorrelation.Polar(), self.sample),
         }
         layers = {
             name: nnx.eval_shape(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from orthax import nn
+from orthax import decorrelation
 
 Name = Literal[
     "nothing",
@@ -56,7 +56,7 @@ class MeanRemoval:
         return state
 
 
-def make_rule(name: Name, rate: float) -> nn.DecorrelationRule | None:
+def make_rule(name: Name, rate: float) -> decorrelation.DecorrelationRule | None:
     """Return the rule of a name; None for "nothing".
 
     Args:
@@ -70,21 +70,21 @@ def make_rule(name: Name, rate: float) -> nn.DecorrelationRule | None:
         case "mean":
             return MeanRemoval()
         case "scaled":
-            return nn.Scaled(rate)
+            return decorrelation.Scaled(rate)
         case "off_diagonal":
-            return nn.OffDiagonal(rate)
+            return decorrelation.OffDiagonal(rate)
         case "local":
-            return nn.Local(rate)
+            return decorrelation.Local(rate)
         case "whitening":
-            return nn.Whitening(rate)
+            return decorrelation.Whitening(rate)
         case "blended":
-            return nn.Blended(rate, kappa=0.01)
+            return decorrelation.Blended(rate, kappa=0.01)
         case "blended_normalised":
-            return nn.Blended(rate, kappa=0.5, normalised=True)
+            return decorrelation.Blended(rate, kappa=0.5, normalised=True)
         case "lateral":
-            return nn.Lateral(rate)
+            return decorrelation.Lateral(rate)
         case "factorised":
-            return nn.Factorised(rate, fraction=0.5)
+            return decorrelation.Factorised(rate, fraction=0.5)
         case "polar":
-            return nn.Polar(floor=rate)
+            return decorrelation.Polar(floor=rate)
     raise ValueError(f"`name` is {name!r}; expected one of {', '.join(NAMES)}")

@@ -30,7 +30,7 @@ from examples.training import supervised
 from examples.training.report import Row, circumstances, joined
 from examples.training.side_by_side import Trainer
 from examples.training.supervised import State, evaluate, normalised, score
-from orthax import nn
+from orthax import diagnostics
 
 Learning = Literal["bp", "fa", "np"]
 LEARNING: tuple[Learning, ...] = Learning.__args__
@@ -171,7 +171,7 @@ def correlations(state: State, images: jax.Array, recipe: Recipe) -> jax.Array:
     model.eval()
     count = _CORRELATED * (16 if recipe.model == "mlp" else 1)
     samples = inputs(model, normalised(images[:count], recipe))
-    return jnp.stack([nn.off_diagonal_correlation(z) for z in samples])
+    return jnp.stack([diagnostics.off_diagonal_correlation(z) for z in samples])
 
 
 def train_epoch(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.nn._decorrelation_rules import averaged, check_number, matmul
+from orthax.decorrelation._rule import averaged, check_number, matmul
 
 # One matrix after another under vmap: jaxlib's batched decompositions, and triangular
 # solves, can deadlock on CPU (three or more of them in one program).
@@ -37,8 +37,8 @@ class Lateral:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import nn
-      >>> rule, x = nn.Lateral(0.1), jnp.array([[2.0], [-2.0]])
+      >>> from orthax import decorrelation
+      >>> rule, x = decorrelation.Lateral(0.1), jnp.array([[2.0], [-2.0]])
       >>> rule.update(jnp.eye(1), x).round(2).tolist()
       [[1.3]]
 
@@ -107,8 +107,8 @@ class Factorised:
       forward pass, for good. Inputs of no variance in it are amplified without bound.
 
     Example:
-      >>> from orthax import nn
-      >>> rule = nn.Factorised(1e-3, kappa=0.5, fraction=0.25)
+      >>> from orthax import decorrelation
+      >>> rule = decorrelation.Factorised(1e-3, kappa=0.5, fraction=0.25)
       >>> rule.init(8, "float32").shape
       (8, 2)
 

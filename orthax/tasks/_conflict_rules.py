@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthax.transforms._task_rules import checked_order, dot, in_order, over, square_of
+from orthax.tasks._rules import checked_order, dot, in_order, over, square_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PCGrad:
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
-      >>> transforms.task_weights(gram, transforms.PCGrad()).tolist()
+      >>> tasks.task_weights(gram, tasks.PCGrad()).tolist()
       [2.0, 1.25]
 
     References:
@@ -84,7 +84,7 @@ class GradVac:
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
-      >>> transforms.task_weights(gram, transforms.GradVac(0.0)).tolist()
+      >>> tasks.task_weights(gram, tasks.GradVac(0.0)).tolist()
       [2.0, 1.25]
 
     References:
@@ -167,7 +167,7 @@ class CAGrad:
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
-      >>> transforms.task_weights(gram, transforms.CAGrad(c=0.0)).tolist()
+      >>> tasks.task_weights(gram, tasks.CAGrad(c=0.0)).tolist()
       [0.5, 0.5]
 
     References:

@@ -1,6 +1,7 @@
 """What a decorrelation rule is, and the steps that several of them share."""
 
 import math
+import operator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -80,3 +81,17 @@ def check_at_least_zero(name: str, value: Any, below: float = math.inf) -> None:
     if not (math.isfinite(value) and 0 <= value <= below):
         limit = "finite" if below == math.inf else f"at most {below:g}"
         raise ValueError(f"`{name}` must not be negative and {limit}, got {value}.")
+
+
+def count(name: str, value: int) -> int:
+    """Return a positive integer, or raise, naming the argument."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` must be an integer, and static under jit, got {value!r} of type "
+            f"{type(value).__name__}."
+        ) from None
+    if isinstance(value, bool) or number < 1:
+        raise ValueError(f"`{name}` must be 1 or more, got {value!r}.")
+    return number

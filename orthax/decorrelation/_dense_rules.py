@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.nn._decorrelation_rules import (
+from orthax.decorrelation._rule import (
     averaged,
     check_at_least_zero,
     check_number,
@@ -68,8 +68,8 @@ class Scaled(_Dense):
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from orthax import nn
-      >>> nn.Scaled(1e-2).init(2, "float32").tolist()
+      >>> from orthax import decorrelation
+      >>> decorrelation.Scaled(1e-2).init(2, "float32").tolist()
       [[1.0, 0.0], [0.0, 1.0]]
 
     References:
@@ -120,8 +120,9 @@ class OffDiagonal(_Dense):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import nn
-      >>> rule, x = nn.OffDiagonal(0.1), jnp.array([[1.0, 1.0], [-1.0, -1.0]])
+      >>> from orthax import decorrelation
+      >>> rule = decorrelation.OffDiagonal(0.1)
+      >>> x = jnp.array([[1.0, 1.0], [-1.0, -1.0]])
       >>> rule.update(jnp.eye(2), x).round(2).tolist()
       [[1.0, -0.1], [-0.1, 1.0]]
 
@@ -164,8 +165,8 @@ class Local(_Dense):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import nn
-      >>> rule, x = nn.Local(0.1), jnp.array([[1.0, 1.0], [-1.0, -1.0]])
+      >>> from orthax import decorrelation
+      >>> rule, x = decorrelation.Local(0.1), jnp.array([[1.0, 1.0], [-1.0, -1.0]])
       >>> rule.update(jnp.eye(2), x).round(2).tolist()
       [[1.0, -0.1], [-0.1, 1.0]]
 
@@ -209,8 +210,8 @@ class Whitening(_Dense):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import nn
-      >>> rule, x = nn.Whitening(0.1), jnp.array([[2.0], [-2.0]])
+      >>> from orthax import decorrelation
+      >>> rule, x = decorrelation.Whitening(0.1), jnp.array([[2.0], [-2.0]])
       >>> rule.update(jnp.eye(1), x).round(2).tolist()
       [[0.7]]
 
@@ -256,8 +257,8 @@ class Blended(_Dense):
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import nn
-      >>> rule, x = nn.Blended(0.1, 0.5), jnp.array([[2.0], [-2.0]])
+      >>> from orthax import decorrelation
+      >>> rule, x = decorrelation.Blended(0.1, 0.5), jnp.array([[2.0], [-2.0]])
       >>> rule.update(jnp.eye(1), x).round(2).tolist()
       [[0.85]]
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.transforms._task_rules import OSGD, TaskRule
-from orthax.transforms._tasks import check_task_rule, task_weights
+from orthax.tasks._combine import check_task_rule, task_weights
+from orthax.tasks._rules import OSGD, TaskRule
 
 
 def task_value_and_grad(
@@ -37,7 +37,7 @@ def task_value_and_grad(
     Example:
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
-      >>> f = transforms.task_value_and_grad(lambda x: jnp.stack([x**2, 3 * x]))
+      >>> f = tasks.task_value_and_grad(lambda x: jnp.stack([x**2, 3 * x]))
       >>> values, grads = f(2.0)
       >>> values.tolist(), grads.tolist()
       ([4.0, 6.0], [4.0, 3.0])
@@ -87,7 +87,7 @@ def combined_value_and_grad(
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> losses = lambda x: jnp.stack([x[0], 2 * x[1] - 3 * x[0]])
-      >>> values, grads = transforms.combined_value_and_grad(losses)(jnp.ones(2))
+      >>> values, grads = tasks.combined_value_and_grad(losses)(jnp.ones(2))
       >>> grads.tolist()
       [1.0, 2.0]
 

@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from orthax.nn._decorrelation_rules import (
+from orthax.decorrelation._rule import (
     DecorrelationRule,
     averaged,
     check_number,
+    count,
     gathered,
 )
-from orthax.nn._stages import count
 
 
 class DecorrelationState(NamedTuple):
@@ -40,7 +40,8 @@ def check_rule(rule: DecorrelationRule) -> None:
     Raises:
       TypeError: if it is a class, lacks a method of a rule, or is callable.
     """
-    found = f"`rule` must be a decorrelation rule such as nn.Polar(), got {rule!r}"
+    what = "a decorrelation rule such as decorrelation.Polar()"
+    found = f"`rule` must be {what}, got {rule!r}"
     if isinstance(rule, type):
         raise TypeError(f"{found}: a class; give an instance.")
     if not isinstance(rule, DecorrelationRule):
@@ -76,8 +77,9 @@ def init_decorrelation(
       ValueError: if `features` is not positive.
 
     Example:
-      >>> from orthax import nn
-      >>> nn.init_decorrelation(3, nn.Scaled(1e-3)).transform.shape
+      >>> from orthax import decorrelation
+      >>> rule = decorrelation.Scaled(1e-3)
+      >>> decorrelation.init_decorrelation(3, rule).transform.shape
       (3, 3)
     """
     check_rule(rule)
@@ -112,10 +114,11 @@ def apply_decorrelation(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import nn
-      >>> rule = nn.Scaled(1e-3)
-      >>> state = nn.init_decorrelation(2, rule)
-      >>> nn.apply_decorrelation(state, jnp.array([[3.0, 4.0]]), rule).tolist()
+      >>> from orthax import decorrelation
+      >>> rule = decorrelation.Scaled(1e-3)
+      >>> state = decorrelation.init_decorrelation(2, rule)
+      >>> x = jnp.array([[3.0, 4.0]])
+      >>> decorrelation.apply_decorrelation(state, x, rule).tolist()
       [[3.0, 4.0]]
     """
     x = jnp.asarray(x)
@@ -177,14 +180,14 @@ def update_decorrelation(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from orthax import nn
-      >>> rule = nn.Polar(momentum=1.0)
+      >>> from orthax import decorrelation
+      >>> rule = decorrelation.Polar(momentum=1.0)
       >>> x = jax.random.normal(jax.random.key(0), (64, 3)) @ jnp.array(
       ...     [[1.0, 2.0, 0.0], [0.0, 1.0, 3.0], [0.0, 0.0, 0.1]]
       ... )
-      >>> state = nn.init_decorrelation(3, rule)
-      >>> state = nn.update_decorrelation(state, x, rule)
-      >>> z = nn.apply_decorrelation(state, x, rule)
+      >>> state = decorrelation.init_decorrelation(3, rule)
+      >>> state = decorrelation.update_decorrelation(state, x, rule)
+      >>> z = decorrelation.apply_decorrelation(state, x, rule)
       >>> (z.T @ z / 64).round(3).diagonal().tolist()
       [1.0, 1.0, 1.0]
     """
@@ -252,47 +255,3 @@ def check_samples(state: DecorrelationState, x: jax.Array) -> None:
             f"`x` must have shape (*batch, {features}), got shape {x.shape}: the state "
             f"is that of {features} features."
         )
-
-
-def off_diagonal_correlation(z: jax.typing.ArrayLike) -> jax.Array:
-    r"""Return how correlated features are: the mean of |correlation| over all pairs.
-
-    Args:
-      z: samples, shape (*batch, d), floating, d at least 2; the mean is removed.
-
-    Returns:
-      A scalar, dimensionless, from 0 (uncorrelated) to 1.
-
-    Raises:
-      TypeError: if `z` is not floating.
-      ValueError: if `z` has fewer than two features.
-
-    Limits:
-      A constant feature has correlation 0 with every other. Of n samples of independent
-      Gaussian features it is about `0.8 / sqrt(n)`. NaN gives NaN. Holds d * d numbers.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from orthax import nn
-      >>> z = jnp.array([[1.0, 2.0, 1.0], [-1.0, -2.0, 1.0], [0.0, 0.0, -2.0]])
-      >>> nn.off_diagonal_correlation(z[:, :2]).round(4).item()
-      1.0
-      >>> nn.off_diagonal_correlation(z).round(4).item()  # one pair of three
-      0.3333
-    """
-    z = jnp.asarray(z)
-    if not jnp.issubdtype(z.dtype, jnp.floating):
-        raise TypeError(f"`z` must be floating, got dtype {z.dtype}: convert it first.")
-    if z.ndim < 2 or z.shape[-1] < 2:
-        raise ValueError(f"`z` must have shape (*batch, d), d > 1, got {z.shape}.")
-    d = z.shape[-1]
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32)).reshape(-1, d)
-    largest = jnp.max(jnp.abs(z), axis=0)
-    z = z - jnp.mean(z, axis=0)
-    # Rounding of the mean leaves a constant feature near, not at, zero.
-    size = jnp.max(jnp.abs(z), axis=0)
-    constant = size <= 8 * jnp.finfo(z.dtype).eps * largest
-    z = jnp.where(constant, 0, z / jnp.where(constant, 1, size))
-    z = z / jnp.where(constant, 1, jnp.linalg.norm(z, axis=0))
-    correlation = jnp.abs(jnp.matmul(z.T, z, precision=jax.lax.Precision.HIGHEST))
-    return (jnp.sum(correlation) - jnp.trace(correlation)) / (d * (d - 1))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from orthax import polar
-from orthax.nn._decorrelation_rules import check_at_least_zero, check_number, matmul
+from orthax.decorrelation._rule import check_at_least_zero, check_number, matmul
 
 # One matrix after another under vmap: jaxlib's batched eigh can deadlock on CPU (three
 # or more of them in one program).
@@ -73,8 +73,8 @@ class Polar:
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from orthax import nn, polar
-      >>> rule = nn.Polar(momentum=1.0)
+      >>> from orthax import decorrelation, polar
+      >>> rule = decorrelation.Polar(momentum=1.0)
       >>> x = jax.random.normal(jax.random.key(0), (32, 4))
       >>> z = rule.apply(rule.update(rule.init(4, "float32"), x), x)
       >>> bool(jnp.abs(z - 32**0.5 * polar.polar_factor(x)).max() < 1e-4)

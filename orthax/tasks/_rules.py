@@ -38,7 +38,7 @@ class Sum:
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
-      >>> transforms.task_weights(gram, transforms.Sum()).tolist()
+      >>> tasks.task_weights(gram, tasks.Sum()).tolist()
       [1.0, 1.0]
     """
 
@@ -81,7 +81,7 @@ class OSGD:
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
-      >>> (transforms.task_weights(gram, transforms.OSGD()) @ gram).tolist()
+      >>> (tasks.task_weights(gram, tasks.OSGD()) @ gram).tolist()
       [1.0, 2.0]
 
     References:
@@ -156,7 +156,7 @@ class Symmetric:
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
-      >>> weights = transforms.task_weights(gram, transforms.Symmetric())
+      >>> weights = tasks.task_weights(gram, tasks.Symmetric())
       >>> weights.tolist()
       [1.534, 1.283]
 

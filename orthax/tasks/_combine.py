@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax import execution
-from orthax.transforms._task_rules import OSGD, TaskRule
+from orthax.tasks._rules import OSGD, TaskRule
 
 _STACK = (
     "Of a list of gradients, one for each task, make it by jax.tree.map(lambda *g: "
@@ -54,7 +54,7 @@ def task_weights(gram: jax.typing.ArrayLike, rule: TaskRule = OSGD()) -> jax.Arr
       >>> import jax.numpy as jnp
       >>> from orthax import transforms
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # the tasks are in conflict
-      >>> transforms.task_weights(gram, transforms.OSGD()).tolist()
+      >>> tasks.task_weights(gram, tasks.OSGD()).tolist()
       [2.0, 1.0]
 
     References:
@@ -67,7 +67,7 @@ def task_weights(gram: jax.typing.ArrayLike, rule: TaskRule = OSGD()) -> jax.Arr
         raise TypeError(
             "`gram` must be the inner products of the gradients, of shape (tasks, "
             f"tasks), got {reprlib.repr(gram)}: for the gradients themselves use "
-            "transforms.combine_tasks()."
+            "tasks.combine_tasks()."
         ) from None
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not gram.size:
         raise ValueError(
@@ -111,7 +111,7 @@ def combine_tasks(
       >>> import jax.numpy as jnp
       >>> import optax
       >>> from orthax import transforms
-      >>> tx = optax.chain(transforms.combine_tasks(), optax.sgd(0.1))
+      >>> tx = optax.chain(tasks.combine_tasks(), optax.sgd(0.1))
       >>> params = {"kernel": jnp.zeros(2)}
       >>> grads = {"kernel": jnp.array([[1.0, 0.0], [-3.0, 2.0]])}  # of two tasks
       >>> updates, _ = tx.update(grads, tx.init(params), params)
@@ -156,8 +156,8 @@ def check_task_rule(rule: TaskRule) -> None:
     if isinstance(rule, type) or not isinstance(rule, TaskRule):
         advice = f" Write {rule.__name__}()." if isinstance(rule, type) else ""
         raise TypeError(
-            "`rule` must be a task rule such as transforms.OSGD() or "
-            f"transforms.PCGrad(), got {rule!r}.{advice}"
+            "`rule` must be a task rule such as tasks.OSGD() or "
+            f"tasks.PCGrad(), got {rule!r}.{advice}"
         )
 
 
@@ -176,7 +176,7 @@ def _check_tasks(updates: optax.Updates, params: optax.Params | None) -> None:
         if jnp.ndim(leaf) < 1:
             raise ValueError(
                 f"Leaf {name} has no axes: updates need a leading axis of tasks, as "
-                "transforms.task_value_and_grad gives it."
+                "tasks.task_value_and_grad gives it."
             )
         found.setdefault(leaf.shape[0], name)
     if not found or 0 in found:
@@ -185,7 +185,7 @@ def _check_tasks(updates: optax.Updates, params: optax.Params | None) -> None:
         counts = ", ".join(f"{n} in leaf {name}" for n, name in found.items())
         raise ValueError(
             f"Leaves disagree about the number of tasks: {counts}. Their first axis "
-            "must be that of the tasks, as transforms.task_value_and_grad gives it. "
+            "must be that of the tasks, as tasks.task_value_and_grad gives it. "
             f"{_STACK}"
         )
     if params is None:

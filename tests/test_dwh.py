@@ -14,8 +14,8 @@ from matrices import factor, gaussian, to_double, with_spectrum
 
 import orthax
 from orthax import components, execution, polar
-from orthax.polar._decompose import positive_definite_inverse
 from orthax.polar._dwh import _polish, _weights
+from orthax.polar._inverse import positive_definite_inverse
 from orthax.polar._method import gram
 
 DWH = polar.DWH

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import orthax
 ROOT = pathlib.Path(__file__).parents[1] / "orthax"
 # What each room may import, besides the standard library and numpy.
 ALLOWED = {
+    "_linalg": {"jax"},
     "polar": {"jax"},
     "components": {"jax"},
     "execution": {"jax", "polar", "components", "optax"},
@@ -53,7 +55,7 @@ def test_imports_only_from_floors_below(path):
     for package, module in imports(path):
         if package == "orthax":
             target, *private = module.split(".")[1:]
-            if target == room:
+            if target in (room, "_linalg"):
                 continue
             if target == "internal":
                 target, *private = private
@@ -75,6 +77,18 @@ def test_modules_are_private_and_names_say_something():
             "misc",
             "base",
         )
+
+
+def test_linear_algebra_is_on_the_ground_floor():
+    """What can hang, or be of a lower precision than it says, is written once."""
+    words = re.compile(r"jnp\.linalg|lax\.linalg\.|promote_types\(")
+    for path in FILES:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):  # Not what docstrings say.
+            if isinstance(node, ast.Attribute | ast.Call):
+                text = ast.unparse(node) + "("
+                found = words.search(text)
+                assert path.stem == "_linalg" or not found, f"{path}: {text}"
 
 
 def test_import_is_light():

@@ -6,12 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.decorrelation._rule import (
-    averaged,
-    check_at_least_zero,
-    check_number,
-    matmul,
-)
+from orthax._linalg import matmul, norm
+from orthax.decorrelation._rule import averaged, check_at_least_zero, check_number
 
 
 class _Dense:
@@ -90,7 +86,7 @@ class Scaled(_Dense):
     ) -> jax.Array:
         """Return R after a step on centred samples x, shape (n, d)."""
         z = self.apply(state, x)
-        before, after = (jnp.linalg.norm(a, axis=1) for a in (x, z))
+        before, after = (norm(a, 1) for a in (x, z))
         counted = (before > 0) & (after > 0)
         ratios = jnp.where(counted, before / jnp.where(counted, after, 1), 0)
         # Sums, not means: devices may count different numbers of samples.

@@ -6,12 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.decorrelation._rule import averaged, check_number, matmul
-
-# One matrix after another under vmap: jaxlib's batched decompositions, and triangular
-# solves, can deadlock on CPU (three or more of them in one program).
-_inverse = jax.custom_batching.sequential_vmap(lambda x: jnp.linalg.inv(x))
-_qr = jax.custom_batching.sequential_vmap(lambda x: jnp.linalg.qr(x)[0])
+from orthax._linalg import inverse, matmul, orthonormal
+from orthax.decorrelation._rule import averaged, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +56,15 @@ class Lateral:
 
     def apply(self, state: jax.Array, x: jax.Array) -> jax.Array:
         """Return the solutions of `M z = x`, shape (n, d)."""
-        return matmul(x, _inverse(state).T)
+        return matmul(x, inverse(state).T)
 
     def fold(self, state: jax.Array, kernel: jax.Array) -> jax.Array:
         """Return the solution of `M.T k = kernel`, shape (d, out)."""
-        return matmul(_inverse(state).T, kernel)
+        return matmul(inverse(state).T, kernel)
 
     def matrix(self, state: jax.Array) -> jax.Array:
         """Return the inverse of M."""
-        return _inverse(state)
+        return inverse(state)
 
     def update(
         self, state: jax.Array, x: jax.Array, *, axis_name: Any | None = None
@@ -135,7 +131,7 @@ class Factorised:
         if k == features:
             return jnp.eye(features, dtype=dtype)
         key = jax.random.key(self.seed)
-        return _qr(jax.random.normal(key, (features, k), dtype))
+        return orthonormal(jax.random.normal(key, (features, k), dtype))
 
     def apply(self, state: jax.Array, x: jax.Array) -> jax.Array:
         """Return `x @ U @ U.T`, shape (n, d)."""

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from orthax import polar
-from orthax.decorrelation._rule import check_at_least_zero, check_number, matmul
+from orthax._linalg import eigh, matmul
+from orthax.decorrelation._rule import check_at_least_zero, check_number
 
 # One matrix after another under vmap: jaxlib's batched eigh can deadlock on CPU (three
 # or more of them in one program).
-_eigh = jax.custom_batching.sequential_vmap(lambda x: tuple(jnp.linalg.eigh(x)))
 _SVD = polar.SVD()
 
 
@@ -139,7 +139,7 @@ class Polar:
         return (h + h.T) / 2
 
     def _inverse(self, root: jax.Array) -> jax.Array:
-        values, vectors = _eigh(root)
+        values, vectors = eigh(root)
         largest = values[-1]
         null = max(100, len(values)) * float(jnp.finfo(root.dtype).eps) * largest
         alive = values > null

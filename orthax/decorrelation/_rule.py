@@ -5,7 +5,6 @@ import operator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 
 
 @runtime_checkable
@@ -42,26 +41,9 @@ class DecorrelationRule(Protocol):
         ...
 
 
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply at full precision, also where the default is lower."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
 def averaged(tree: Any, axis_name: Any | None) -> Any:
     """Return the mean over devices, in one collective, or `tree` without an axis."""
     return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
-
-
-def gathered(x: jax.Array) -> jax.Array:
-    """Return an array with all of it on every device, where axes are explicit.
-
-    Elsewhere the compiler sees to it. Statistics contract the axis of the samples, and
-    a rule of a user need not know how that is sharded.
-    """
-    spec = getattr(jax.typeof(x).sharding, "spec", ())
-    if all(names is None for names in spec):
-        return x
-    return jax.sharding.reshard(x, jax.sharding.PartitionSpec())
 
 
 def check_number(name: str, value: Any, below: float = math.inf) -> None:

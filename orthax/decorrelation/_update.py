@@ -5,13 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from orthax.decorrelation._rule import (
-    DecorrelationRule,
-    averaged,
-    check_number,
-    count,
-    gathered,
-)
+from orthax._linalg import replicated
+from orthax.decorrelation._rule import DecorrelationRule, averaged, check_number, count
 
 
 class DecorrelationState(NamedTuple):
@@ -196,7 +191,7 @@ def update_decorrelation(
     x = jnp.asarray(x)
     check_samples(state, x)
     state, x = jax.lax.stop_gradient((state, x))
-    x = gathered(x.astype(state.mean.dtype)).reshape(-1, x.shape[-1])
+    x = replicated(x.astype(state.mean.dtype)).reshape(-1, x.shape[-1])
     if len(x) * devices(axis_name) < 2:
         return state
     if mean is None:

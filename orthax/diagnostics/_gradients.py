@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from orthax.diagnostics._trees import check_same_leaves, floating_leaves, working
+from orthax._linalg import working
+from orthax.diagnostics._trees import check_same_leaves, floating_leaves
 
 
 class DeadParameters(NamedTuple):

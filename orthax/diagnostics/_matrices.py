@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from orthax import components, polar
-from orthax.diagnostics._trees import by_path, check_same_leaves, gathered
+from orthax import _linalg, components, polar
+from orthax._linalg import adjoint, matmul, norm, replicated, working
+from orthax.diagnostics._trees import by_path, check_same_leaves
 
 _MATRIX = (-2, -1)
 
@@ -226,27 +227,25 @@ def singular_values(
 def _orthogonality_error(x: jax.Array) -> jax.Array:
     k = min(x.shape[1:])
     x = x if x.shape[1] >= x.shape[2] else x.mT
-    gram = jnp.matmul(x.mT.conj(), x, precision=jax.lax.Precision.HIGHEST)
-    return _norm(gram - jnp.eye(k, dtype=x.dtype)[None]) / math.sqrt(k)
+    gram = matmul(adjoint(x), x)
+    return norm(gram - jnp.eye(k, dtype=x.dtype)[None], _MATRIX) / math.sqrt(k)
 
 
 def _residual(update: jax.Array, gradient: jax.Array) -> jax.Array:
     exact = polar.polar_factor(gradient, polar.SVD())
-    distance = _norm(update - exact)
-    return jnp.where(distance == 0, 0, distance / _norm(exact))
+    distance = norm(update - exact, _MATRIX)
+    return jnp.where(distance == 0, 0, distance / norm(exact, _MATRIX))
 
 
 def _rank(x: jax.Array, method: polar.SVD) -> jax.Array:
-    return jnp.round(_norm(polar.polar_factor(x, method)) ** 2)
+    return jnp.round(norm(polar.polar_factor(x, method), _MATRIX) ** 2)
 
 
 def _summary(x: jax.Array) -> SingularValues:
-    # One matrix at a time, as orthax does every decomposition: batched ones can hang on
-    # CPU, and elsewhere they are loops inside.
     scale = jnp.max(jnp.abs(x), axis=_MATRIX)
     unit = x / jnp.where(scale > 0, scale, 1)[:, None, None]
-    s = jax.lax.map(lambda a: jnp.linalg.svd(a, compute_uv=False), unit)
-    frobenius = jnp.linalg.norm(s, axis=-1)
+    s = _linalg.singular_values(unit)
+    frobenius = norm(s, -1)
     largest, k = s[:, 0], s.shape[1]
     return SingularValues(
         largest=largest * scale,
@@ -271,7 +270,7 @@ def _measured(
     found = {}
     for path in trees[0]:
         leaves = [tree[path] for tree in trees]
-        folded = (leaf.cut.fold(gathered(leaf.value)) for leaf in leaves)
+        folded = (leaf.cut.fold(replicated(working(leaf.value))) for leaf in leaves)
         stacks = zip(*folded, strict=True)
         answers = [_where_finite(f, options, *stack) for stack in stacks]
         found[path] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *answers)
@@ -289,7 +288,3 @@ def _where_finite(
     # No decomposition ever meets a NaN: some never return from one.
     answer = f(*(jnp.where(finite[:, None, None], x, 0) for x in stacks), *options)
     return jax.tree.map(lambda value: jnp.where(finite, value, jnp.nan), answer)
-
-
-def _norm(x: jax.Array) -> jax.Array:
-    return jnp.linalg.norm(x, axis=_MATRIX)

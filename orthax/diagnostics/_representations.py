@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from orthax.diagnostics._trees import gathered
+from orthax._linalg import adjoint, matmul, norm, replicated, working
 
 
 class RepresentationCosines(NamedTuple):
@@ -77,7 +77,7 @@ def representation_cosines(
     """
     x = jnp.asarray(activations)
     _check_activations(x, component_axis)
-    x = jnp.moveaxis(gathered(x), component_axis, -1)
+    x = jnp.moveaxis(replicated(working(x)), component_axis, -1)
     batch, components = x.shape[0], x.shape[-1]
     positions = math.prod(x.shape[1:-1])
     stacks, length = (batch, positions) if per_sample else (1, batch * positions)
@@ -149,10 +149,9 @@ def _statistics(x: jax.Array) -> RepresentationCosines:
     """Return the statistics for vectors along axis 1 of `x`, (b, n, components)."""
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     x = x / jnp.where(largest == 0, 1, largest)
-    norm = jnp.linalg.norm(x, axis=1, keepdims=True)
-    x = x / jnp.where(norm == 0, 1, norm)
-    highest = jax.lax.Precision.HIGHEST
-    cosines = jnp.abs(jnp.matmul(x.mT.conj(), x, precision=highest))
+    length = norm(x, 1, keepdims=True)
+    x = x / jnp.where(length == 0, 1, length)
+    cosines = jnp.abs(matmul(adjoint(x), x))
     pairs = jnp.triu(jnp.ones((1, *cosines.shape[1:]), bool), 1)
     over = {"axis": (-2, -1), "where": pairs}
     return RepresentationCosines(jnp.mean(cosines, **over), jnp.var(cosines, **over))
@@ -232,13 +231,13 @@ def off_diagonal_correlation(z: jax.typing.ArrayLike) -> jax.Array:
     if z.ndim < 2 or z.shape[-1] < 2:
         raise ValueError(f"`z` must have shape (*batch, d), d > 1, got {z.shape}.")
     d = z.shape[-1]
-    z = z.astype(jnp.promote_types(z.dtype, jnp.float32)).reshape(-1, d)
+    z = working(z).reshape(-1, d)
     largest = jnp.max(jnp.abs(z), axis=0)
     z = z - jnp.mean(z, axis=0)
     # Rounding of the mean leaves a constant feature near, not at, zero.
     size = jnp.max(jnp.abs(z), axis=0)
     constant = size <= 8 * jnp.finfo(z.dtype).eps * largest
     z = jnp.where(constant, 0, z / jnp.where(constant, 1, size))
-    z = z / jnp.where(constant, 1, jnp.linalg.norm(z, axis=0))
-    correlation = jnp.abs(jnp.matmul(z.T, z, precision=jax.lax.Precision.HIGHEST))
+    z = z / jnp.where(constant, 1, norm(z, 0))
+    correlation = jnp.abs(matmul(z.T, z))
     return (jnp.sum(correlation) - jnp.trace(correlation)) / (d * (d - 1))

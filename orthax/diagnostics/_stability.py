@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from orthax import components, polar
-from orthax.diagnostics._trees import by_path, check_same_leaves, gathered
+from orthax._linalg import norm, replicated, working
+from orthax.diagnostics._trees import by_path, check_same_leaves
 
 
 def basis_stability(
@@ -63,7 +64,9 @@ def basis_stability(
     check_same_leaves("before", values[0], "after", values[1])
     found = {}
     for path in cuts[0]:
-        folded = [cut[path].cut.fold(gathered(cut[path].value)) for cut in cuts]
+        folded = [
+            cut[path].cut.fold(replicated(working(cut[path].value))) for cut in cuts
+        ]
         pairs = zip(*folded, strict=True)
         found[path] = jnp.concatenate([_stability(*pair) for pair in pairs])
     return found
@@ -75,7 +78,7 @@ def _stability(before: jax.Array, after: jax.Array) -> jax.Array:
     """Return the mean cosine of the columns of the factors of two stacks."""
     e, f = (_columns(polar.polar_factor(x, polar.SVD())) for x in (before, after))
     inner = jnp.sum(e.conj() * f, axis=1).real
-    lengths = [jnp.linalg.norm(x, axis=1) for x in (e, f)]
+    lengths = [norm(x, 1) for x in (e, f)]
     # Shorter columns are rounding noise of the factor.
     tol = e.shape[1] * jnp.finfo(e.dtype).eps
     there = (lengths[0] > tol) & (lengths[1] > tol)

@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from orthax import components
@@ -54,26 +53,6 @@ def check_same_leaves(
                 f"{jnp.shape(others[path])} in `{other_name}`: pass two trees of the "
                 "same parameters."
             )
-
-
-def working(x: Any) -> jax.Array:
-    """Return an array in float32 or complex64 at least."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def gathered(x: Any) -> jax.Array:
-    """Return `working(x)`, replicated if its type says that it is sharded.
-
-    On a mesh of explicit axes a decomposition, or a product over a sharded axis, is an
-    error; on one of automatic axes the compiler gathers what it must.
-    """
-    x = working(x)
-    sharding = jax.typeof(x).sharding
-    if not any(sharding.spec):
-        return x
-    spec = jax.sharding.PartitionSpec()
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def _is_floating(leaf: Any) -> bool:

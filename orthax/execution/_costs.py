@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from orthax import polar
+from orthax._linalg import working_dtype
 from orthax.execution._layout import Axes
 
 Flops = Callable[[int, int], float]
@@ -89,7 +90,7 @@ class Factors:
             commutes_with_transpose=True,
             zeros_for_zeros=not getattr(method, "fills_null_space", True),
             split_flops=getattr(method, "split_flops", None),
-            dtype=polar.working_dtype,
+            dtype=working_dtype,
         )
 
     def _on(self, platform: str | None) -> Callable[..., jax.Array]:

@@ -4,8 +4,6 @@ from orthax.decorrelation._rule import (
     DecorrelationRule as DecorrelationRule,
     averaged as averaged,
     count as count,
-    gathered as gathered,
-    matmul as matmul,
 )
 from orthax.decorrelation._update import (
     DecorrelationState as DecorrelationState,

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from orthax._linalg import working
 from orthax.low_rank._factorise import masked, multiplied
-from orthax.low_rank._placement import working
 from orthax.low_rank._state import Bases, LowRankState, check_state, sigmas
 
 

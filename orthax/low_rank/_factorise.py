@@ -9,19 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthax import components
+from orthax._linalg import matmul, replicated, thin_svd, working
 from orthax.low_rank._layers import Order, checked_ranks, chosen
 from orthax.low_rank._placement import (
     P,
     by_compiler,
     explicit_spec,
     factor_specs,
-    matmul,
     not_finite,
     placed,
     sharding_of,
-    thin_svd,
-    whole,
-    working,
 )
 from orthax.low_rank._state import (
     Bases,
@@ -151,7 +148,7 @@ def _decomposed(
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """Return U, Sigma and V^T of every stack of a leaf, `(b, m, r)` and so on."""
     factors = []
-    for stack, r in zip(cut.fold(whole(working(x))), ranks, strict=True):
+    for stack, r in zip(cut.fold(replicated(working(x))), ranks, strict=True):
         u, s, vt = thin_svd(stack)
         sigma = s[:, :r, None] * jnp.eye(r, dtype=x.dtype)
         factors.append((u[:, :, :r], sigma.astype(x.dtype), vt[:, :r]))

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from orthax import components
+from orthax._linalg import adjoint, matmul, working
 from orthax.low_rank._factorise import masked
-from orthax.low_rank._placement import adjoint, by_compiler, matmul, working
+from orthax.low_rank._placement import by_compiler
 from orthax.low_rank._state import (
     LowRankState,
     is_sigmas,

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from orthax import components, execution
+from orthax._linalg import replicated
 
 P = jax.sharding.PartitionSpec
 _WITHOUT_VALUES = (jax.core.Tracer, jax.ShapeDtypeStruct)
@@ -74,14 +75,6 @@ def placed(x: Any, sharding: jax.NamedSharding | None, spec: P) -> jax.Array:
     return jax.device_put(x, lies)
 
 
-def whole(x: jax.Array) -> jax.Array:
-    """Return an array replicated, if its type says that it is sharded."""
-    sharding = jax.typeof(x).sharding
-    if not any(sharding.spec):
-        return x
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(sharding.mesh, P()))
-
-
 def by_compiler(
     f: Callable[..., jax.Array], spec: P | None, *xs: jax.Array
 ) -> jax.Array:
@@ -100,30 +93,6 @@ def by_compiler(
     return jax.sharding.auto_axes(f, axes=axes, out_sharding=lies)(*xs)
 
 
-def working(x: Any) -> jax.Array:
-    """Return an array in float32 or complex64 at least."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply two stacks at full precision, also where the default is lower."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def adjoint(x: jax.Array) -> jax.Array:
-    """Return the conjugate transpose of every matrix of a stack."""
-    return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
-
-
-def thin_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `u, s, vh` of every matrix of a stack, one after another.
-
-    Batched decompositions can hang on CPU, and elsewhere they are loops inside.
-    """
-    return jax.lax.map(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)), x)
-
-
 def not_finite(arrays: dict[str, Sequence[Any]]) -> list[str]:
     """Return the paths of the arrays that hold NaN or infinity, traced ones not."""
     seen = {
@@ -136,4 +105,4 @@ def not_finite(arrays: dict[str, Sequence[Any]]) -> list[str]:
 
 @jax.jit
 def _is_finite(x: jax.Array) -> jax.Array:
-    return jnp.all(jnp.isfinite(whole(x)))
+    return jnp.all(jnp.isfinite(replicated(x)))

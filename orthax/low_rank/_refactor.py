@@ -8,14 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from orthax import execution
+from orthax._linalg import matmul, replicated, thin_svd, working
 from orthax.low_rank._factorise import masked
-from orthax.low_rank._placement import (
-    matmul,
-    not_finite,
-    thin_svd,
-    whole,
-    working,
-)
+from orthax.low_rank._placement import not_finite
 from orthax.low_rank._schedule import OIALR
 from orthax.low_rank._state import (
     Bases,
@@ -163,7 +158,7 @@ def turn(old: Turned) -> Turned:
 
 def values(sigma: jax.Array) -> jax.Array:
     """Return the singular values of diagonal Sigmas, `(b, r)`, on every device."""
-    return jnp.diagonal(whole(sigma), axis1=1, axis2=2).real
+    return jnp.diagonal(replicated(sigma), axis1=1, axis2=2).real
 
 
 # Compiled once for each shape: called eagerly, a decomposition is compiled every time.

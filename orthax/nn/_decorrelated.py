@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from orthax._linalg import working_dtype
 from orthax.internal.decorrelation import (
     DecorrelationRule,
     DecorrelationState,
@@ -106,7 +107,7 @@ class Decorrelated(nnx.Module):
         self.use_running_average = False
         self.updating = True
         self.rngs = nnx.data(rngs["decorrelation"].fork() if sample < 1 else None)
-        dtype = jnp.promote_types(layer.param_dtype, "float32")
+        dtype = working_dtype(layer.param_dtype)
         state = init_decorrelation(features, rule, dtype)
         self.statistics = nnx.data(jax.tree.map(DecorrelationVariable, state))
 

@@ -3,7 +3,8 @@
 import jax
 from flax import nnx
 
-from orthax.internal.decorrelation import DecorrelationRule, DecorrelationState, matmul
+from orthax._linalg import matmul
+from orthax.internal.decorrelation import DecorrelationRule, DecorrelationState
 
 
 def folded(

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from orthax._linalg import replicated
 from orthax.internal.decorrelation import (
     DecorrelationRule,
     DecorrelationState,
     apply_decorrelation,
-    gathered,
 )
 from orthax.nn._folding import folded
 
@@ -39,7 +39,7 @@ class Rows:
 
     def take(self, x: jax.Array, index: jax.Array | None) -> jax.Array:
         """Return samples by number, or all, shape (n, features)."""
-        x = gathered(x).reshape(-1, self.features)
+        x = replicated(x).reshape(-1, self.features)
         return x if index is None else x[index]
 
     def run(
@@ -95,7 +95,7 @@ class Patches:
         Only these are gathered: entries of the patch, the channels in one piece.
         """
         tables = self._tables(x.shape)
-        x = self._images(gathered(x))
+        x = self._images(replicated(x))
         if index is None:
             index = jnp.arange(self.count(x.shape))
         counts = (len(x), *map(len, tables))

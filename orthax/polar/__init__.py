@@ -16,10 +16,7 @@ from orthax.polar._coefficients import (
 )
 from orthax.polar._dwh import DWH as DWH
 from orthax.polar._gram_eigh import GramEigh as GramEigh
-from orthax.polar._method import (
-    PolarMethod as PolarMethod,
-    working_dtype as working_dtype,
-)
+from orthax.polar._method import PolarMethod as PolarMethod
 from orthax.polar._newton_schulz import NewtonSchulz as NewtonSchulz
 from orthax.polar._polar_factor import (
     polar_factor as polar_factor,

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orthax._linalg import matmul, over
 from orthax.polar._coefficients import minimax
-from orthax.polar._decompose import positive_definite_inverse
-from orthax.polar._method import gram, matmul, over, sides, times
+from orthax.polar._inverse import positive_definite_inverse
+from orthax.polar._method import gram, sides, times
 
 # What is brought to one: singular values from here up, relative to ||X||_F.
 _LOWER = 1e-3

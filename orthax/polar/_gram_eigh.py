@@ -6,12 +6,10 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from orthax.polar._decompose import eigh
+from orthax._linalg import adjoint, eigh, matmul
 from orthax.polar._method import (
-    adjoint,
     check_positive_or_none,
     gram,
-    matmul,
     rank_tolerance,
     sides,
     times,

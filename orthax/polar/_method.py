@@ -1,11 +1,12 @@
 """What a method is, and the steps that several of them share."""
 
 import math
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+
+from orthax._linalg import adjoint, matmul, over
 
 
 @runtime_checkable
@@ -31,16 +32,6 @@ class PolarMethod(Protocol):
     def flops(self, m: int, n: int) -> float:
         """Return the leading-order operation count for one m x n matrix."""
         ...
-
-
-def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply two stacks at full precision, also where the default is lower."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def adjoint(x: jax.Array) -> jax.Array:
-    """Return the conjugate transpose of every matrix of a stack."""
-    return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
 
 
 def gram(
@@ -84,49 +75,6 @@ def times(q: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     """Return the product of Q with the short side of X, matrix by matrix."""
     wide = axes or x.shape[-2] <= x.shape[-1]
     return matmul(q, x) if wide else matmul(x, q)
-
-
-def frobenius(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
-    """Return two numbers for every matrix whose product is its norm, or one for zero.
-
-    Of shape `(b, 1, 1)`; the second is NaN for a matrix that is not finite. The norm is
-    summed three times at once, of the matrix as it is, scaled up and scaled down: in
-    float32, squares of entries beyond 1e19 or below 1e-23 are out of range.
-    """
-    most = jnp.finfo(x.dtype).maxexp
-    scales = [1.0, 2.0 ** (5 * most // 8), 2.0 ** (-5 * most // 8)]
-    squares = [jnp.square(x.real * s) + jnp.square(x.imag * s) for s in scales]
-    sums = [jnp.sum(square, axis=(-2, -1), keepdims=True) for square in squares]
-    plain, small, large = over(axes, jax.lax.psum, jnp.stack(sums))
-    cases = [plain < 2.0 ** (-most // 2), plain < 2.0 ** (3 * most // 4)]
-    square = jnp.select(cases, [small, plain], large)
-    scale = jnp.select(cases, [1 / s for s in (scales[1], scales[0])], 1 / scales[2])
-    norm = jnp.sqrt(jnp.where(square > 0, square, 1))
-    return scale.astype(norm.dtype), jnp.where(jnp.isfinite(large), norm, jnp.nan)
-
-
-def over(
-    axes: tuple[str, ...], reduce: Callable[..., jax.Array], x: jax.Array
-) -> jax.Array:
-    """Return `reduce(x, axes)` over the devices, or `x` where there are no axes."""
-    return reduce(x, axes) if axes else x
-
-
-def working_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
-    """Return the dtype that matrices of a dtype are worked on in.
-
-    Args:
-      dtype: floating or complex.
-
-    Returns:
-      float32 for those below, else the same.
-
-    Example:
-      >>> from orthax import polar
-      >>> polar.working_dtype("bfloat16").name, polar.working_dtype("complex64").name
-      ('float32', 'complex64')
-    """
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def rank_tolerance(shape: tuple[int, ...], dtype: jnp.dtype) -> float:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orthax._linalg import adjoint, frobenius, matmul, norm, over
 from orthax.polar._checks import checked_dtype, checked_precision, checked_restarts
 from orthax.polar._coefficients import (
     CLASSIC_QUINTIC,
@@ -17,13 +18,7 @@ from orthax.polar._coefficients import (
     polar_express,
     table_text,
 )
-from orthax.polar._method import (
-    adjoint,
-    check_positive_or_none,
-    frobenius,
-    over,
-    sides,
-)
+from orthax.polar._method import check_positive_or_none, sides
 from orthax.polar._split import split_gram, split_matmul
 
 # Aspect ratio from which the iteration on the small Gram matrix needs fewer
@@ -239,12 +234,10 @@ class NewtonSchulz:
         if self.dtype is None:
             exact = self.precision == jax.lax.Precision.HIGH and a.dtype == jnp.float32
             precision = jax.lax.Precision.HIGHEST if exact else self.precision
-            return jnp.matmul(a, b, precision=precision)
+            return matmul(a, b, precision)
         out = a.dtype
         a, b = a.astype(self.dtype), b.astype(self.dtype)
-        return jnp.matmul(
-            a, b, precision=self.precision, preferred_element_type=out
-        ).astype(out)
+        return matmul(a, b, self.precision, out).astype(out)
 
     def _gram_matrix(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         wide = bool(axes) or x.shape[-2] <= x.shape[-1]
@@ -321,7 +314,7 @@ class NewtonSchulz:
             gram = self._gram_matrix(x)
             square = self._matmul(gram, gram)
             trace = jnp.trace(gram, axis1=-2, axis2=-1).real
-            distance = jnp.linalg.norm(square - gram, axis=(-2, -1))
+            distance = norm(square - gram, (-2, -1))
             arrived = distance <= self.tolerance * jnp.sqrt(trace)
             # The rows of a table are made for one after another and do not fix one:
             # a matrix that has arrived gets one classical step, which does, and no

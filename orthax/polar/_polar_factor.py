@@ -6,17 +6,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from orthax._linalg import adjoint, eigh, frobenius, matmul, working_dtype
 from orthax.polar._auto import Auto
 from orthax.polar._checks import as_array, check_matrices, check_method
-from orthax.polar._decompose import eigh
-from orthax.polar._method import (
-    PolarMethod,
-    adjoint,
-    frobenius,
-    matmul,
-    rank_tolerance,
-    working_dtype,
-)
+from orthax.polar._method import PolarMethod, rank_tolerance
 from orthax.polar._svd import SVD
 
 Function = Callable[[jax.Array], jax.Array]

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from orthax.polar._decompose import one_by_one
+from orthax import _linalg
 from orthax.polar._method import sides
 
 
@@ -51,16 +51,13 @@ class QDWH:
     def factor(self, x: jax.Array) -> jax.Array:
         """Return the polar factors of a stack, `(b, m, n)`."""
         wide = x.shape[-2] < x.shape[-1]
-        tall = x.mT if wide else x  # jax.lax.linalg.qdwh takes no wide matrices
+        tall = x.mT if wide else x
         zero = jnp.all(tall == 0, axis=(-2, -1), keepdims=True)
         # A zero matrix would divide zero by zero inside; any other stands in for it.
         stand_in = jnp.eye(*tall.shape[-2:], dtype=x.dtype)
-        u = one_by_one(self._one)(jnp.where(zero, stand_in, tall))
+        u = _linalg.qdwh(jnp.where(zero, stand_in, tall), self.max_iterations)
         u = jnp.where(zero, 0, u)
         return u.mT if wide else u
-
-    def _one(self, x: jax.Array) -> jax.Array:
-        return jax.lax.linalg.qdwh(x, max_iterations=self.max_iterations)[0]
 
     def flops(self, m: int, n: int) -> float:
         """Return about `6 (4 k^2 l + 7/3 k^3)`: six Cholesky-based iterations.

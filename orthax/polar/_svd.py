@@ -5,13 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from orthax.polar._decompose import thin_svd
-from orthax.polar._method import (
-    check_positive_or_none,
-    matmul,
-    rank_tolerance,
-    sides,
-)
+from orthax._linalg import matmul, thin_svd
+from orthax.polar._method import check_positive_or_none, rank_tolerance, sides
 
 _NULL_SPACES = ("zero", "complete")
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax import execution
+from orthax._linalg import HIGHEST, working
 from orthax.tasks._rules import OSGD, TaskRule
 
 _STACK = (
@@ -74,7 +75,7 @@ def task_weights(gram: jax.typing.ArrayLike, rule: TaskRule = OSGD()) -> jax.Arr
             f"`gram` must have shape (tasks, tasks), at least one task, got "
             f"{gram.shape}."
         )
-    gram = gram.astype(jnp.promote_types(gram.dtype, jnp.float32))
+    gram = working(gram)
     return _asked(rule, gram, rule.init())[0]
 
 
@@ -237,17 +238,14 @@ def _gram(leaves: Sequence[jax.Array]) -> jax.Array:
 
 
 def _inner(x: jax.Array) -> jax.Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = working(x)
     if jnp.iscomplexobj(x):
         return _inner(x.real) + _inner(x.imag)
     rest = tuple(range(1, x.ndim))
-    highest = jax.lax.Precision.HIGHEST
-    return jax.lax.dot_general(x, x, ((rest, rest), ((), ())), precision=highest)
+    return jax.lax.dot_general(x, x, ((rest, rest), ((), ())), precision=HIGHEST)
 
 
 def _combined(weights: jax.Array, x: jax.Array) -> jax.Array:
-    work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    flat = jnp.tensordot(
-        weights.astype(work.dtype), work, axes=1, precision=jax.lax.Precision.HIGHEST
-    )
+    work = working(x)
+    flat = jnp.tensordot(weights.astype(work.dtype), work, axes=1, precision=HIGHEST)
     return flat.astype(x.dtype)

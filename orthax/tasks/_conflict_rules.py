@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthax.tasks._rules import checked_order, dot, in_order, over, square_of
+from orthax._linalg import matmul
+from orthax.tasks._rules import checked_order, in_order, over, square_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,7 @@ class GradVac:
         tasks = np.arange(len(gram))
         rows = jnp.eye(len(gram), dtype=gram.dtype)
         for j in turns:
-            own = jnp.sum(rows * dot(rows, gram), axis=1)
+            own = jnp.sum(rows * matmul(rows, gram), axis=1)
             inner = jnp.sum(rows * gram[j], axis=1)
             sizes = jnp.sqrt(jnp.maximum(own, 0)), jnp.sqrt(gram[j, j])
             cosine = jnp.clip(over(inner, sizes[0] * sizes[1]), -1, 1)
@@ -193,18 +194,18 @@ class CAGrad:
         size = jnp.trace(gram)
         unit = over(gram, size)
         mean = jnp.full_like(gram[0], 1 / len(gram))
-        slope = dot(unit, mean)
+        slope = matmul(unit, mean)
         radius = self.c * jnp.sqrt(square_of(unit, mean))
         # Step lengths over six orders of magnitude, the best of which is taken.
         lengths = jnp.logspace(-4, 2, 25, dtype=gram.dtype)[:, None]
 
         def value(w: jax.Array) -> jax.Array:
-            squares = jnp.sum(w * dot(w, unit), axis=-1)
-            return dot(w, slope) + radius * jnp.sqrt(jnp.maximum(squares, 0))
+            squares = jnp.sum(w * matmul(w, unit), axis=-1)
+            return matmul(w, slope) + radius * jnp.sqrt(jnp.maximum(squares, 0))
 
         def step(_: jax.Array, w: jax.Array) -> jax.Array:
-            products = dot(unit, w)
-            norm = jnp.sqrt(jnp.maximum(dot(w, products), 0))
+            products = matmul(unit, w)
+            norm = jnp.sqrt(jnp.maximum(matmul(w, products), 0))
             down = slope + radius * over(products, norm)
             tried = jnp.concatenate([w[None], _on_simplex(w - lengths * down)])
             return tried[jnp.argmin(value(tried))]

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from orthax._linalg import eigh, matmul
+
 _NORMALISE = (None, "per_task", "total")
 # Squared norms below so many eps of what they are the remainder of are rounding.
 _ROUNDING = 16.0
@@ -111,14 +113,14 @@ class OSGD:
         for i in in_order(self.order, len(gram)):
             row = jnp.zeros_like(gram[0]).at[i].set(1)
             for earlier in remainders:
-                part = over(dot(row, earlier.products), earlier.square)
+                part = over(matmul(row, earlier.products), earlier.square)
                 if self.conflict_only:
                     part = jnp.minimum(part, 0)
                 row -= part * earlier.row
-            square = dot(row, dot(gram, row))
+            square = matmul(row, matmul(gram, row))
             row = jnp.where(square <= rounding * gram[i, i], 0, row)
-            products = dot(gram, row)
-            remainders.append(_Remainder(row, products, dot(row, products)))
+            products = matmul(gram, row)
+            remainders.append(_Remainder(row, products, matmul(row, products)))
         rows = [r.row for r in remainders]
         if self.normalise == "per_task":
             order = in_order(self.order, len(gram))
@@ -171,27 +173,17 @@ class Symmetric:
 
     def weights(self, gram: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Return the coefficients of the sum of all orthogonalised gradients."""
-        # One after another under vmap: see `polar` for why.
-        values, v = jax.custom_batching.sequential_vmap(_eigh)(gram)
+        values, v = eigh(gram)
         rounding = _ROUNDING * len(gram) * float(jnp.finfo(gram.dtype).eps)
         alive = values > rounding * values[-1]
         roots = jnp.where(alive, jax.lax.rsqrt(jnp.where(alive, values, 1)), 0)
         sizes = jnp.sqrt(jnp.diagonal(gram))
-        return dot(v, roots * dot(sizes, v)), state
-
-
-def _eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return tuple(jnp.linalg.eigh(x))
-
-
-def dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Multiply at full precision, also where the default is lower."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+        return matmul(v, roots * matmul(sizes, v)), state
 
 
 def square_of(gram: jax.Array, weights: jax.Array) -> jax.Array:
     """Return the squared norm of a combination, at least zero."""
-    return jnp.maximum(dot(weights, dot(gram, weights)), 0)
+    return jnp.maximum(matmul(weights, matmul(gram, weights)), 0)
 
 
 def over(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax import components, execution
+from orthax._linalg import working
 from orthax.transforms._masked import Hidden
 
 Axes = tuple[int, ...]
@@ -134,7 +135,7 @@ def _equalised(
 def _divided(
     x: jax.Array, v: jax.Array, rows: Axes, columns: Axes, b2: float, eps: float
 ) -> tuple[jax.Array, jax.Array]:
-    work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    work = working(x)
     entries = work.real**2 + work.imag**2
     square = jnp.mean(entries, axis=rows, keepdims=True)
     v = (b2 * v + (1 - b2) * square).astype(v.dtype)

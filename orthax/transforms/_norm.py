@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax import components, execution
+from orthax._linalg import working_dtype
 
 Axes = tuple[int, ...]
 
@@ -106,7 +107,7 @@ def restore_norm(
     inner = optax.with_extra_args_support(inner)
 
     def restored(rows: Axes, columns: Axes, x: jax.Array, y: jax.Array) -> jax.Array:
-        work = jnp.promote_types(y.dtype, jnp.float32)
+        work = working_dtype(y.dtype)
         factor = norm.factor(x.astype(work), y.astype(work), rows + columns)
         return (factor * y).astype(y.dtype)
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax import components, execution
+from orthax._linalg import working
 from orthax.transforms._stateless import stateless
 
 
@@ -94,7 +95,7 @@ def _divided(
         rows: tuple[int, ...], columns: tuple[int, ...], x: jax.Array
     ) -> jax.Array:
         axes = rows if each_component else rows + columns
-        work = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        work = working(x)
         if safe:
             # First by the largest entry: squares of small entries would vanish.
             largest = jnp.max(jnp.abs(work), axis=axes, keepdims=True)

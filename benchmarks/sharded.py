@@ -141,9 +141,7 @@ def row(
 def _whole(entry: Entry, network: trees.Network) -> tables.Row:
     """Return the operations of all matrices, and the bytes of all."""
     leaves = [x for x in components.resolve(network.params, network.rule) if x.cut]
-    method = entry.method
-    if isinstance(method, polar.Auto):
-        method = method.on(jax.default_backend())
+    method = entry.method.on(jax.default_backend())
     flops = sum(
         float(b * method.flops(m, n))
         for leaf in leaves

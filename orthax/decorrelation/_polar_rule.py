@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from orthax import polar
 from orthax._linalg import eigh, matmul
 from orthax.decorrelation._rule import check_at_least_zero, check_number
+from orthax.internal.polar import check_method
 
 # One matrix after another under vmap: jaxlib's batched eigh can deadlock on CPU (three
 # or more of them in one program).
@@ -93,7 +94,7 @@ class Polar:
     def __post_init__(self):
         check_number("momentum", self.momentum, 1)
         check_at_least_zero("floor", self.floor, 1)
-        polar.check_method(self.method)
+        check_method(self.method)
 
     def init(self, features: int, dtype: jax.typing.DTypeLike) -> PolarState:
         """Return no covariance yet and R = I."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from orthax import polar
 from orthax._linalg import working_dtype
 from orthax.execution._layout import Axes
+from orthax.internal.polar import check_method, split_polar_factors
 
 Flops = Callable[[int, int], float]
 SplitFlops = Callable[[int, int, int], tuple[float, int, int] | None]
@@ -79,27 +80,28 @@ class Factors:
 
     method: polar.PolarMethod
 
+    def __post_init__(self):
+        object.__setattr__(self, "method", check_method(self.method))
+
     def on(self, platform: str | None) -> Work:
         """Return what is done on a platform; None: where JAX computes by default."""
-        method = self.method
-        if isinstance(method, polar.Auto):
-            method = method.on(platform or jax.default_backend())
+        platform = platform or jax.default_backend()
+        method = self.method.on(platform)
+        shared = method.split_flops(1, 1, 1) is not None
         return Work(
             self._on(platform),
             flops=method.flops,
             commutes_with_transpose=True,
-            zeros_for_zeros=not getattr(method, "fills_null_space", True),
-            split_flops=getattr(method, "split_flops", None),
+            zeros_for_zeros=not method.fills_null_space,
+            split_flops=method.split_flops if shared else None,
             dtype=working_dtype,
         )
 
-    def _on(self, platform: str | None) -> Callable[..., jax.Array]:
+    def _on(self, platform: str) -> Callable[..., jax.Array]:
         def f(x: jax.Array, axes: Axes = ()) -> jax.Array:
-            method = self.method
-            if isinstance(method, polar.Auto) and platform is not None:
-                method = method.on(platform, x.dtype)
+            method = self.method.on(platform, x.dtype)
             if axes:
-                return polar.split_polar_factors(x, axes, method)
+                return split_polar_factors(x, axes, method)
             return polar.polar_factor(x, method)
 
         return f

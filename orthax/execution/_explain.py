@@ -13,6 +13,7 @@ from orthax.execution._explanation import Explanation, Row, Share, Stack
 from orthax.execution._layout import layouts, named_layouts
 from orthax.execution._plan import Plan, divisions_of, plan_of
 from orthax.execution._stacking import Stacking
+from orthax.internal.polar import check_method
 
 _PLANS = {Local: "local", Shared: "stack", Split: "split", Constrained: "compiler"}
 
@@ -75,11 +76,10 @@ def explain(
       1 x (72 x 16)  1        1       float32  0.213  0.00439
       one update                               0.213  0.00439
     """
-    polar.check_method(method)
+    method = check_method(method)
     _check_call(params, platform)
     platform = jax.default_backend() if platform is None else platform
-    if isinstance(method, polar.Auto):
-        method = method.on(platform)
+    method = method.on(platform)
     leaves = components.decide_all(params, rule)
     if shardings is None:
         shardings = [getattr(leaf.value, "sharding", None) for leaf in leaves]

@@ -4,7 +4,6 @@ Shapes: `b` stacked matrices, `m` rows, `n` columns, `*batch` any leading axes.
 """
 
 from orthax.polar._auto import Auto as Auto
-from orthax.polar._checks import check_method as check_method
 from orthax.polar._coefficients import (
     CANS as CANS,
     CLASSIC_CUBIC as CLASSIC_CUBIC,
@@ -20,7 +19,6 @@ from orthax.polar._method import PolarMethod as PolarMethod
 from orthax.polar._newton_schulz import NewtonSchulz as NewtonSchulz
 from orthax.polar._polar_factor import (
     polar_factor as polar_factor,
-    split_polar_factors as split_polar_factors,
 )
 from orthax.polar._qdwh import QDWH as QDWH
 from orthax.polar._svd import SVD as SVD

@@ -1,6 +1,8 @@
 """The default method: what to use when nothing is asked for."""
 
 import dataclasses
+import functools
+from typing import ClassVar
 
 import jax
 
@@ -13,7 +15,7 @@ _TIERS = ("exact", "fast")
 
 
 @dataclasses.dataclass(frozen=True)
-class Auto:
+class Auto(PolarMethod):
     """The default: the fastest method of a platform that keeps the stated error.
 
     | accuracy | CPU | GPU, TPU, any other |
@@ -52,6 +54,9 @@ class Auto:
       Nakatsukasa, Bai, Gygi 2010 (the Halley steps, see `DWH`).
     """
 
+    any_scale: ClassVar[bool] = True
+    fills_null_space: ClassVar[bool] = False
+
     accuracy: str = "exact"
 
     def __post_init__(self):
@@ -75,12 +80,13 @@ class Auto:
             return NewtonSchulz(table, dtype="bfloat16" if single else None)
         return NewtonSchulz(precision="high" if single else None)
 
-    def factor(self, x: jax.Array) -> jax.Array:
+    def factor(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         """Return the polar factors of a stack, `(b, m, n)`."""
+        cpu, other = (self.on(name, x.dtype) for name in ("cpu", "other"))
         return jax.lax.platform_dependent(
             x,
-            cpu=self.on("cpu", x.dtype).factor,
-            default=self.on("other", x.dtype).factor,
+            cpu=functools.partial(cpu.factor, axes=axes),
+            default=functools.partial(other.factor, axes=axes),
         )
 
     def split_flops(

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.polar._method import PolarMethod
+from orthax.polar._method import Own, PolarMethod
 
 _HALF = ("bfloat16", "float16")
 # What somebody wants who gives the name of a method.
@@ -58,11 +58,14 @@ def check_matrices(x: jax.Array) -> None:
         )
 
 
-def check_method(method: PolarMethod) -> None:
-    """Raise unless `method` is an instance of a polar method.
+def check_method(method: PolarMethod) -> PolarMethod:
+    """Return a method, or raise unless it is an instance of a polar method.
 
     Args:
       method: anything.
+
+    Returns:
+      `method`; if it is not derived from `PolarMethod`, wrapped in one that is.
 
     Raises:
       TypeError: if it is a class or a string, lacks `factor` or `flops` or is callable.
@@ -72,13 +75,14 @@ def check_method(method: PolarMethod) -> None:
     found = f"`method` must be a polar method such as polar.Auto(), got {shown}"
     if isinstance(method, type):
         raise TypeError(f"{found}: a class; write {method.__name__}().")
-    if isinstance(method, str) or not isinstance(method, PolarMethod):
+    if not all(callable(getattr(method, name, None)) for name in ("factor", "flops")):
         raise TypeError(f"{found} of type {type(method).__name__}.{_advice(method)}")
     if callable(method):
         raise TypeError(
             f"{found}, which is callable: optax.inject_hyperparams would take it for "
             "a schedule. Make it a frozen dataclass with `factor` and `flops`."
         )
+    return method if isinstance(method, PolarMethod) else Own(method)
 
 
 def _advice(method: Any) -> str:

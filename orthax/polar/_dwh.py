@@ -12,7 +12,7 @@ import numpy as np
 from orthax._linalg import matmul, over
 from orthax.polar._coefficients import minimax
 from orthax.polar._inverse import positive_definite_inverse
-from orthax.polar._method import gram, sides, times
+from orthax.polar._method import PolarMethod, gram, sides, times
 
 # What is brought to one: singular values from here up, relative to ||X||_F.
 _LOWER = 1e-3
@@ -30,7 +30,7 @@ _LONG = 2048
 
 
 @dataclasses.dataclass(frozen=True)
-class DWH:
+class DWH(PolarMethod):
     r"""Polar factors by two weighted Halley steps on the Gram matrix of the short side.
 
     A Halley step maps the singular values by $\sigma (a + b \sigma^2) / (1 + c
@@ -92,8 +92,10 @@ class DWH:
                     f"`{name}` must be True or False, got {getattr(self, name)!r}."
                 )
 
-    def factor(self, x: jax.Array) -> jax.Array:
+    def factor(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         """Return the polar factors of a stack, `(b, m, n)`, of any scale."""
+        if axes:
+            return self._factor(x, axes)
         # Under vmap a condition would run both of its branches, and a batch of loops is
         # a loop over batched decompositions, which may hang (`one_by_one`).
         return jax.custom_batching.sequential_vmap(self._factor)(x)
@@ -106,10 +108,6 @@ class DWH:
         for every step, k the short side, and products of k x k matrices.
         """
         return self.split_flops(m, n, 1)[0]
-
-    def factor_split(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """Return what a device has of the factors of matrices with sharded columns."""
-        return self._factor(x, axes)
 
     def split_flops(self, m: int, n: int, devices: int) -> tuple[float, int, int]:
         """Return the operations of each device, and the sums over all of them.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from orthax._linalg import adjoint, eigh, matmul
 from orthax.polar._method import (
+    PolarMethod,
     check_positive_or_none,
     gram,
     rank_tolerance,
@@ -17,7 +18,7 @@ from orthax.polar._method import (
 
 
 @dataclasses.dataclass(frozen=True)
-class GramEigh:
+class GramEigh(PolarMethod):
     r"""Polar factors by the eigendecomposition of the Gram matrix of the short side.
 
     $X^H X = V \Lambda V^H$ gives $X V \Lambda^{-1/2} V^H$: two thin products and one

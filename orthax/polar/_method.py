@@ -1,37 +1,100 @@
 """What a method is, and the steps that several of them share."""
 
+import abc
+import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from orthax._linalg import adjoint, matmul, over
+from orthax._linalg import adjoint, frobenius, matmul, over
 
 
-@runtime_checkable
-class PolarMethod(Protocol):
-    """A way to compute polar factors; a frozen dataclass, never a callable.
+class PolarMethod(abc.ABC):
+    """A way to compute polar factors: a frozen dataclass, never a callable.
 
-    `polar_factor` hands `factor` matrices that are ready: floating or complex of at
-    least 32 bits, finite, each of Frobenius norm one or zero. Write your own by giving
-    a frozen dataclass these two methods. Two attributes may follow: `any_scale = True`
-    where `factor` takes matrices as they are, of any scale and perhaps not finite, and
-    `fills_null_space = False` where it gives zeros for zeros, so that matrices may be
-    padded. Two methods may follow, for several devices that share the long side of one
-    matrix: `factor_split(x, axes)`, called inside `jax.shard_map` with what a device
-    has of the columns, sharded over the named mesh axes; and `split_flops(m, n,
-    devices)`, the operations of each device, how often an m x m matrix is summed over
-    them, and how often a few numbers are, or None where it cannot be.
+    Write your own with the two methods that are abstract here. The rest are defaults.
+
+    Attributes:
+      any_scale: whether `factor` takes matrices as they are, of any scale and perhaps
+        not finite. Else they are floating or complex of at least 32 bits, finite, each
+        of Frobenius norm one or zero.
+      fills_null_space: whether zero rows or columns may become something else; where
+        they may not, matrices are padded to be worked on together.
+
+    Example:
+      >>> import dataclasses
+      >>> import jax.numpy as jnp
+      >>> from orthax import polar
+      >>> @dataclasses.dataclass(frozen=True)
+      ... class Sign(polar.PolarMethod):  # of 1 x 1 matrices
+      ...     def factor(self, x):
+      ...         return jnp.sign(x)
+      ...     def flops(self, m, n):
+      ...         return 1.0
+      >>> polar.polar_factor(jnp.array([[-3.0]]), Sign()).item()
+      -1.0
     """
 
-    def factor(self, x: jax.Array) -> jax.Array:
-        """Return the polar factors of `x`, shape and dtype of `x`, `(b, m, n)`."""
-        ...
+    any_scale: ClassVar[bool] = False
+    fills_null_space: ClassVar[bool] = True
 
+    @abc.abstractmethod
+    def factor(self, x: jax.Array) -> jax.Array:
+        """Return the polar factors of `x`, shape and dtype of `x`, `(b, m, n)`.
+
+        Where `split_flops` gives something, called as `factor(x, axes)` too, inside
+        `jax.shard_map`, with what a device has of the columns of wide matrices, sharded
+        over the named mesh axes.
+        """
+
+    @abc.abstractmethod
     def flops(self, m: int, n: int) -> float:
         """Return the leading-order operation count for one m x n matrix."""
-        ...
+
+    def split_flops(
+        self, m: int, n: int, devices: int
+    ) -> tuple[float, int, int] | None:
+        """Return what it costs several devices to share the long side of one matrix.
+
+        The operations of each, how often an m x m matrix is summed over them, and how
+        often a few numbers are; or None where it cannot be.
+        """
+        del m, n, devices
+        return None
+
+    def on(
+        self, platform: str, dtype: jax.typing.DTypeLike = "float32"
+    ) -> "PolarMethod":
+        """Return what is used on a platform: `"cpu"`, `"gpu"`, `"tpu"` ..."""
+        del platform, dtype
+        return self
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(PolarMethod):
+    """A method that has `factor` and `flops` and is not derived from `PolarMethod`."""
+
+    method: Any
+
+    def __repr__(self) -> str:
+        """Return what the method prints."""
+        return repr(self.method)
+
+    @property
+    def any_scale(self) -> bool:
+        return getattr(self.method, "any_scale", False)
+
+    @property
+    def fills_null_space(self) -> bool:
+        return getattr(self.method, "fills_null_space", True)
+
+    def factor(self, x: jax.Array) -> jax.Array:
+        return self.method.factor(x)
+
+    def flops(self, m: int, n: int) -> float:
+        return self.method.flops(m, n)
 
 
 def gram(
@@ -75,6 +138,22 @@ def times(q: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     """Return the product of Q with the short side of X, matrix by matrix."""
     wide = axes or x.shape[-2] <= x.shape[-1]
     return matmul(q, x) if wide else matmul(x, q)
+
+
+def normalised(
+    x: jax.Array, over_axes: tuple[str, ...] = ()
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+    """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
+
+    The factor does not depend on the divisors: derivatives take them for constants. A
+    matrix that is not finite is replaced by zero, so that no iteration ever meets one.
+    """
+    divisors = jax.lax.stop_gradient(frobenius(x, over_axes))
+    finite = jnp.isfinite(divisors[1])
+    x = jnp.where(finite, x, 0)
+    for divisor in divisors:
+        x = x / jnp.where(finite, divisor, 1)
+    return x, divisors, finite
 
 
 def rank_tolerance(shape: tuple[int, ...], dtype: jnp.dtype) -> float:

@@ -18,7 +18,7 @@ from orthax.polar._coefficients import (
     polar_express,
     table_text,
 )
-from orthax.polar._method import check_positive_or_none, sides
+from orthax.polar._method import PolarMethod, check_positive_or_none, sides
 from orthax.polar._split import split_gram, split_matmul
 
 # Aspect ratio from which the iteration on the small Gram matrix needs fewer
@@ -32,7 +32,7 @@ _MOST_STEPS = 24
 
 
 @dataclasses.dataclass(frozen=True)
-class NewtonSchulz:
+class NewtonSchulz(PolarMethod):
     r"""Approximate polar factors, by a composition of odd polynomials.
 
     Every step maps the singular values by $p(\sigma) = a \sigma + b \sigma^3 (+ c
@@ -142,34 +142,29 @@ class NewtonSchulz:
             said.append(f"precision={precision.name.lower()!r}")
         return f"{type(self).__name__}({', '.join(said)})"
 
-    def factor(self, x: jax.Array) -> jax.Array:
-        """Return the polar factors of a stack, `(b, m, n)`, of any scale."""
+    def factor(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
+        """Return the polar factors of a stack, `(b, m, n)`, of any scale.
+
+        With sharded columns in Gram space where that is safe, whatever the aspect
+        ratio, with one sum over the devices a segment; else one a step.
+        """
         if self.dtype is not None and jnp.iscomplexobj(x):
             raise TypeError(
                 f"dtype={self.dtype!r} cannot hold complex matrices of dtype "
                 f"{x.dtype}: leave `dtype` out."
             )
-        x = _normalised(x)
+        x = _normalised(x, axes)
         if self.tolerance is not None:
             return self._adaptive(x)
-        if self._in_gram_space(*x.shape[-2:]):
-            return self._gram(x)
-        return self._direct(x)
+        if self._may_share_gram if axes else self._in_gram_space(*x.shape[-2:]):
+            return self._gram(x, axes)
+        return self._direct(x, axes)
 
     def flops(self, m: int, n: int) -> float:
         """Return the operations of all products, for one real m x n matrix."""
         if self._in_gram_space(m, n):
             return self._gram_flops(m, n, 1)
         return self._direct_flops(m, n, 1)
-
-    def factor_split(self, x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        """Return what a device has of the factors of matrices with sharded columns.
-
-        In Gram space where that is safe, whatever the aspect ratio, with one sum over
-        the devices a segment; else one a step.
-        """
-        x = _normalised(x, axes)
-        return self._gram(x, axes) if self._may_share_gram else self._direct(x, axes)
 
     def split_flops(
         self, m: int, n: int, devices: int

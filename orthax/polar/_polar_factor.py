@@ -1,18 +1,16 @@
 """The one operation: the orthogonal polar factor, with its derivative."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from orthax._linalg import adjoint, eigh, frobenius, matmul, working_dtype
+from orthax._linalg import working
 from orthax.polar._auto import Auto
 from orthax.polar._checks import as_array, check_matrices, check_method
-from orthax.polar._method import PolarMethod, rank_tolerance
+from orthax.polar._derivative import derivative
+from orthax.polar._method import PolarMethod, normalised
 from orthax.polar._svd import SVD
-
-Function = Callable[[jax.Array], jax.Array]
 
 
 def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.Array:
@@ -57,11 +55,11 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
       Higham: "Functions of Matrices", SIAM 2008, Theorems 8.1 and 8.4 (nearness).
     """
     x = as_array(x)
-    check_method(method)
+    method = check_method(method)
     check_matrices(x)
     if not x.size:
         return x
-    stack = x.astype(working_dtype(x.dtype)).reshape(-1, *x.shape[-2:])
+    stack = working(x).reshape(-1, *x.shape[-2:])
     return _compiled(stack, method).reshape(x.shape).astype(x.dtype)
 
 
@@ -77,7 +75,7 @@ def split_polar_factors(
       x: what this device has of matrices with at most as many rows as columns, shape
         `(b, m, n / devices)`, any floating or complex dtype.
       axes: the mesh axes over which the columns are sharded.
-      method: one with `factor_split`, as `polar.NewtonSchulz()` and `polar.DWH()`.
+      method: one with `split_flops`, as `polar.NewtonSchulz()` and `polar.DWH()`.
 
     Returns:
       The same part of the polar factors, shape and dtype of `x`.
@@ -93,11 +91,12 @@ def split_polar_factors(
       >>> import jax
       >>> import jax.numpy as jnp
       >>> from orthax import polar
+      >>> from orthax.internal.polar import split_polar_factors
       >>> auto = (jax.sharding.AxisType.Auto,)
       >>> mesh = jax.make_mesh((jax.device_count(),), ("d",), axis_types=auto)
       >>> columns = jax.sharding.PartitionSpec(None, None, "d")
       >>> split = jax.shard_map(
-      ...     lambda x: polar.split_polar_factors(x, ("d",)),
+      ...     lambda x: split_polar_factors(x, ("d",)),
       ...     mesh=mesh, in_specs=columns, out_specs=columns, check_vma=False,
       ... )
       >>> x = jax.random.normal(jax.random.key(0), (1, 4, 8 * jax.device_count()))
@@ -107,29 +106,24 @@ def split_polar_factors(
     References:
       Dao-AILab: "Gram Newton-Schulz", 2026 (the Gram matrix is all that rows share).
     """
-    check_method(method)
+    method = check_method(method)
     check_matrices(x)
 
-    def on(platform: str) -> Function:
-        used = method.on(platform, x.dtype) if isinstance(method, Auto) else method
-        if not hasattr(used, "factor_split") or used.split_flops(1, 1, 1) is None:
-            raise ValueError(f"{used} cannot work on a part of the columns.")
-        return lambda x: _factor(x, used, axes)
-
-    work = x.astype(working_dtype(x.dtype))
-    out = jax.lax.platform_dependent(work, cpu=on("cpu"), default=on("other"))
-    return out.astype(x.dtype)
+    if method.split_flops(1, 1, 1) is None:
+        raise ValueError(f"{method} cannot work on a part of the columns.")
+    return _factor(working(x), method, axes).astype(x.dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _factors(x: jax.Array, method: PolarMethod) -> jax.Array:
-    if not isinstance(method, Auto):
-        return _factor(x, method)
+    return _factor(x, method)
 
-    def on(platform: str) -> Function:
-        return functools.partial(_factor, method=method.on(platform, x.dtype))
 
-    return jax.lax.platform_dependent(x, cpu=on("cpu"), default=on("other"))
+@_factors.defjvp
+def _factors_jvp(method, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    exact = functools.partial(_factors, method=SVD())
+    return _factors(x, method), derivative(x, dx, exact)
 
 
 # Compiled once for each shape and method, also where polar_factor is called eagerly.
@@ -137,89 +131,8 @@ _compiled = jax.jit(_factors, static_argnames="method")
 
 
 def _factor(x: jax.Array, method: PolarMethod, axes: tuple[str, ...] = ()) -> jax.Array:
-    factor = (
-        functools.partial(method.factor_split, axes=axes) if axes else method.factor
-    )
-    if getattr(method, "any_scale", False):
+    factor = functools.partial(method.factor, axes=axes) if axes else method.factor
+    if method.any_scale:
         return factor(x)
-    unit, _, finite = _normalised(x, axes)
+    unit, _, finite = normalised(x, axes)
     return jnp.where(finite, factor(unit), jnp.nan)
-
-
-def _normalised(
-    x: jax.Array, over_axes: tuple[str, ...] = ()
-) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
-    """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
-
-    The factor does not depend on the divisors: derivatives take them for constants. A
-    matrix that is not finite is replaced by zero, so that no iteration ever meets one.
-    """
-    divisors = jax.lax.stop_gradient(frobenius(x, over_axes))
-    finite = jnp.isfinite(divisors[1])
-    x = jnp.where(finite, x, 0)
-    for divisor in divisors:
-        x = x / jnp.where(finite, divisor, 1)
-    return x, divisors, finite
-
-
-@_factors.defjvp
-def _factors_jvp(method, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    return _factors(x, method), _derivative(x, dx)
-
-
-def _derivative(x: jax.Array, dx: jax.Array) -> jax.Array:
-    r"""Differentiate the exact factor, of a tall X = U P; a wide one is turned.
-
-    $dU = U \Omega + (I - U U^H) dX P^{-1}$, where $\Omega$ solves the Sylvester
-    equation $P \Omega + \Omega P = U^H dX - dX^H U$ (Higham 2008, Section 8.2 and
-    Problem 8.16), with inverses on the range of P alone. U is itself differentiable
-    and the equations are solved implicitly, so that every order follows.
-    """
-    unit, divisors, finite = _normalised(x)
-    for divisor in divisors:
-        dx = dx / jnp.where(finite, divisor, 1)
-    dx = jnp.where(finite, dx, 0)
-    wide = x.shape[-2] < x.shape[-1]
-    if wide:
-        unit, dx = unit.mT, dx.mT
-    u = _factors(unit, SVD())
-    k = matmul(adjoint(u), dx)
-    sylvester, division = _solvers(matmul(adjoint(u), unit), unit.shape)
-    du = matmul(u, sylvester(k - adjoint(k))) + division(dx - matmul(u, k))
-    return jnp.where(finite, du.mT if wide else du, jnp.nan).astype(x.dtype)
-
-
-def _solvers(p: jax.Array, shape: tuple[int, ...]):
-    """Return the solvers of `p z + z p = b` and `z p = b` for Hermitian p."""
-    p = (p + adjoint(p)) / 2
-    values, v = eigh(jax.lax.stop_gradient(p))
-    alive = values > rank_tolerance(shape, p.dtype) * values[:, -1:]
-    values = jnp.where(alive, values, 0)
-
-    def inverse(x: jax.Array) -> jax.Array:
-        return jnp.where(x > 0, 1 / jnp.where(x > 0, x, 1), 0)
-
-    sums = inverse(values[:, :, None] + values[:, None, :])
-
-    def solver(matvec, solve):
-        # p is Hermitian: its transpose is its conjugate.
-        return lambda b: jax.lax.custom_linear_solve(
-            matvec,
-            b,
-            lambda _, b: solve(b),
-            transpose_solve=lambda _, b: solve(b.conj()).conj(),
-        )
-
-    return (
-        solver(
-            lambda z: matmul(p, z) + matmul(z, p),
-            lambda b: matmul(
-                v, matmul(sums * matmul(matmul(adjoint(v), b), v), adjoint(v))
-            ),
-        ),
-        solver(
-            lambda z: matmul(z, p),
-            lambda b: matmul(matmul(b, v) * inverse(values)[:, None, :], adjoint(v)),
-        ),
-    )

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from orthax import _linalg
-from orthax.polar._method import sides
+from orthax.polar._method import PolarMethod, sides
 
 
 @dataclasses.dataclass(frozen=True)
-class QDWH:
+class QDWH(PolarMethod):
     """Exact polar factors, by JAX's QR-weighted dynamic Halley iteration (QDWH).
 
     The most accurate method for full-rank matrices, of any aspect ratio.

@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 
 from orthax._linalg import matmul, thin_svd
-from orthax.polar._method import check_positive_or_none, rank_tolerance, sides
+from orthax.polar._method import (
+    PolarMethod,
+    check_positive_or_none,
+    rank_tolerance,
+    sides,
+)
 
 _NULL_SPACES = ("zero", "complete")
 
 
 @dataclasses.dataclass(frozen=True)
-class SVD:
+class SVD(PolarMethod):
     r"""Exact polar factors, by the thin singular value decomposition.
 
     $X = U \Sigma V^H$ gives $U V^H$. The reference that the other methods are measured

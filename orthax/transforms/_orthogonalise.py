@@ -58,7 +58,7 @@ def orthogonalise(
       Tuddenham, Pruegel-Bennett, Hare: "Orthogonalising gradients to speed up neural
       network optimisation", 2022, arXiv 2202.07052, equations (3) to (7).
     """
-    polar.check_method(method)
+    work = execution.Factors(method)
     components.check_rule(rule)
     if not isinstance(stacking, execution.Stacking):
         advice = ""
@@ -68,8 +68,6 @@ def orthogonalise(
             f"`stacking` must be a execution.Stacking, got {stacking!r} of type "
             f"{type(stacking).__name__}.{advice}"
         )
-
-    work = execution.Factors(method)
 
     def update(updates: optax.Updates) -> optax.Updates:
         return execution.map_matrices(work, updates, rule, stacking=stacking)

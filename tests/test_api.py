@@ -99,7 +99,6 @@ def test_arguments_documented_annotated_and_keyword_only(name):
 WITHOUT_EXAMPLE = {
     "components.check_rule",
     "components.decide_all",
-    "transforms.check_dtype",
 }
 
 

@@ -367,15 +367,16 @@ def trained(tx, steps, start=0, state=None, params=None):
 
 
 RATE = optax.linear_schedule(0.1, 0.01, 8)
-HOW = {"learning_rate": RATE, "adam_learning_rate": 1e-2, "weight_decay": 0.1}
+HOW = {"learning_rate": RATE, "weight_decay": 0.1}
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_a_converted_state_goes_on_as_the_old_one(nesterov):
     convert = migrating()["from_optax_muon"]
-    theirs = optax.contrib.muon(nesterov=nesterov, **HOW)
+    theirs = optax.contrib.muon(nesterov=nesterov, adam_learning_rate=1e-2, **HOW)
     jordan = polar.NewtonSchulz(polar.JORDAN, gram=False)
-    ours = orthax.muon(nesterov=nesterov, method=jordan, **HOW)
+    rest = optax.adamw(1e-2, weight_decay=0.0, nesterov=nesterov)
+    ours = orthax.muon(nesterov=nesterov, method=jordan, rest=rest, **HOW)
     params, state, _ = trained(theirs, 3)
     converted = convert(state, ours, params)
     assert jax.tree.structure(converted) == jax.tree.structure(ours.init(params))

@@ -158,7 +158,7 @@ MISTAKES = {
         ("`momentum`", "got None", "For none write 0.0."),
     ),
     "a dtype misspelt": (
-        lambda: orthax.muon(0.1, momentum_dtype="bf16"),
+        lambda: orthax.muon(0.1, mu_dtype="bf16"),
         TypeError,
         ('"bfloat16"', "got 'bf16'"),
     ),

@@ -37,7 +37,7 @@ optimisers: list[optax.GradientTransformationExtraArgs] = [
     orthax.orthogonal_sgd(0.1, 0.9, nesterov=True),
     orthax.orthogonal_adam(rate, weight_decay=1e-4),
     orthax.orthogonal_lars(0.2, rate),
-    orthax.muon(rate, scale=transforms.RMSMatch(), momentum_dtype=jnp.bfloat16),
+    orthax.muon(rate, scale=transforms.RMSMatch(), mu_dtype=jnp.bfloat16),
     orthax.normuon(1e-3, method=polar.Auto("fast")),
     orthax.orthogonalize(polar.SVD(null_space="complete")),
     transforms.restore_norm(orthax.orthogonalise(), transforms.NuclearNorm()),

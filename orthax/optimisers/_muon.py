@@ -1,4 +1,4 @@
-"""Muon and NorMuon: orthogonalised momentum, AdamW for what is no matrix."""
+"""Muon and NorMuon: orthogonalised momentum, AdamW for non-matrix parameters."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
+from orthax.internal.transforms import check_dtype, check_hyperparameters, masked
 
 
 def muon(
@@ -15,12 +16,8 @@ def muon(
     nesterov: bool = True,
     weight_decay: float = 0.0,
     scale: transforms.ShapeRule = transforms.Width(),
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: float = 0.9,
-    adam_b2: float = 0.999,
-    adam_eps: float = 1e-8,
-    adam_weight_decay: float = 0.0,
-    momentum_dtype: Any | None = None,
+    rest: optax.GradientTransformation | None = None,
+    mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
     rule: components.Rule = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
@@ -39,13 +36,10 @@ def muon(
       nesterov: whether the momentum looks ahead.
       weight_decay: decoupled decay of the matrices, times the learning rate.
       scale: factor of each matrix by its shape.
-      adam_learning_rate: of everything that is not cut; default `learning_rate`.
-      adam_b1: decay of AdamW's first moment, dimensionless.
-      adam_b2: decay of AdamW's second moment, dimensionless.
-      adam_eps: added to the root of AdamW's second moment, dimensionless.
-      adam_weight_decay: decoupled decay of what is not cut, times its learning rate.
-      momentum_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default
-        that of the parameters.
+      rest: the optimiser of non-matrix parameters; default `optax.adamw` at the same
+        learning rate and without decay.
+      mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default that of
+        the parameters.
       method: how polar factors are computed; `polar.Auto()` for exact ones.
       rule: how leaves are cut; `ByName(attention="per_head")` cuts attention by head.
       stacking: how equal matrices are worked on together.
@@ -62,9 +56,10 @@ def muon(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import optax
       >>> import orthax
       >>> params = {"kernel": jnp.eye(2), "bias": jnp.zeros(2)}
-      >>> tx = orthax.muon(0.1, adam_learning_rate=1e-3)
+      >>> tx = orthax.muon(0.1, rest=optax.adamw(1e-3))
       >>> grads = {"kernel": jnp.eye(2) * 9, "bias": jnp.ones(2)}
       >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> updates["kernel"].round(4).diagonal().tolist()
@@ -75,34 +70,22 @@ def muon(
       https://kellerjordan.github.io/posts/muon; Liu et al.: "Muon is Scalable for LLM
       Training", 2025, arXiv 2502.16982 (weight decay, `RMSMatch`).
     """
-    transforms.check_hyperparameters(
-        ("adam_learning_rate",),
+    check_hyperparameters(
         learning_rate=learning_rate,
         momentum=momentum,
         weight_decay=weight_decay,
-        adam_learning_rate=adam_learning_rate,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-        adam_eps=adam_eps,
-        adam_weight_decay=adam_weight_decay,
     )
+    _check_rest(rest)
     matrices = optax.chain(
-        _averaged(momentum, nesterov, momentum_dtype),
+        _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         transforms.scale_by_shape(scale, rule=rule),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    rest = optax.adamw(
-        rate,
-        adam_b1,
-        adam_b2,
-        adam_eps,
-        mu_dtype=momentum_dtype,
-        weight_decay=adam_weight_decay,
-        nesterov=nesterov,
-    )
+    if rest is None:
+        how = {"mu_dtype": mu_dtype, "weight_decay": 0.0, "nesterov": nesterov}
+        rest = optax.adamw(learning_rate, **how)
     return _matrices_and_rest(matrices, rest, rule)
 
 
@@ -115,12 +98,8 @@ def normuon(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     scale: transforms.ShapeRule = transforms.RMSMatch(),
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
-    adam_b1: float = 0.9,
-    adam_b2: float = 0.999,
-    adam_eps: float = 1e-8,
-    adam_weight_decay: float = 0.0,
-    momentum_dtype: Any | None = None,
+    rest: optax.GradientTransformation | None = None,
+    mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
     rule: components.Rule = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
@@ -136,13 +115,10 @@ def normuon(
       nesterov: whether the momentum looks ahead.
       weight_decay: decoupled decay of the matrices, times the learning rate.
       scale: factor of each matrix by its shape.
-      adam_learning_rate: of everything that is not cut; default `learning_rate`.
-      adam_b1: decay of AdamW's first moment, dimensionless.
-      adam_b2: decay of AdamW's second moment, dimensionless.
-      adam_eps: added to the root of AdamW's second moment, dimensionless.
-      adam_weight_decay: decoupled decay of what is not cut, times its learning rate.
-      momentum_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default
-        that of the parameters.
+      rest: the optimiser of non-matrix parameters; default `optax.adamw` at the same
+        learning rate and without decay.
+      mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default that of
+        the parameters.
       method: how polar factors are computed; `polar.Auto()` for exact ones.
       rule: how leaves are cut into matrices.
       stacking: how equal matrices are worked on together.
@@ -166,45 +142,42 @@ def normuon(
       Li et al.: "NorMuon: Making Muon more efficient and scalable", 2025, arXiv
       2510.05491, Algorithm 1.
     """
-    transforms.check_hyperparameters(
-        ("adam_learning_rate",),
+    check_hyperparameters(
         learning_rate=learning_rate,
         momentum=momentum,
         b2=b2,
         eps=eps,
         weight_decay=weight_decay,
-        adam_learning_rate=adam_learning_rate,
-        adam_b1=adam_b1,
-        adam_b2=adam_b2,
-        adam_eps=adam_eps,
-        adam_weight_decay=adam_weight_decay,
     )
+    _check_rest(rest)
     matrices = optax.chain(
-        _averaged(momentum, nesterov, momentum_dtype),
+        _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         transforms.scale_by_component_rms(b2, eps, rule=rule),
         transforms.scale_by_shape(scale, rule=rule),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
-    rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    rest = optax.adamw(
-        rate,
-        adam_b1,
-        adam_b2,
-        adam_eps,
-        mu_dtype=momentum_dtype,
-        weight_decay=adam_weight_decay,
-    )
+    if rest is None:
+        how = {"mu_dtype": mu_dtype, "weight_decay": 0.0}
+        rest = optax.adamw(learning_rate, **how)
     return _matrices_and_rest(matrices, rest, rule)
+
+
+def _check_rest(rest: Any) -> None:
+    if rest is not None and not hasattr(rest, "update"):
+        raise TypeError(
+            "`rest` must be an optimiser such as optax.adamw(1e-3), or None, got "
+            f"{rest!r} of type {type(rest).__name__}."
+        )
 
 
 def _averaged(
     momentum: float, nesterov: bool, dtype: Any | None
 ) -> optax.GradientTransformation:
-    transforms.check_dtype(dtype)
+    check_dtype(dtype)
     if nesterov:
-        return transforms.nesterov_ema(momentum, accumulator_dtype=dtype)
+        return transforms.nesterov_ema(momentum, mu_dtype=dtype)
     return optax.ema(momentum, accumulator_dtype=dtype)
 
 
@@ -225,6 +198,6 @@ def _matrices_and_rest(
         return jax.tree.unflatten(jax.tree.structure(tree), values)
 
     return optax.chain(
-        transforms.masked(matrices, lambda tree: mask(True, tree)),
-        transforms.masked(rest, lambda tree: mask(False, tree)),
+        masked(matrices, lambda tree: mask(True, tree)),
+        masked(rest, lambda tree: mask(False, tree)),
     )

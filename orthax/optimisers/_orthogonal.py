@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
+from orthax.internal.transforms import check_hyperparameters
 
 
 def orthogonal_sgd(
@@ -54,7 +55,7 @@ def orthogonal_sgd(
     References:
       Tuddenham et al. 2022, arXiv 2202.07052, equations (6) and (7).
     """
-    transforms.check_hyperparameters(
+    check_hyperparameters(
         ("momentum", "weight_decay"),
         learning_rate=learning_rate,
         momentum=momentum,
@@ -113,7 +114,7 @@ def orthogonal_adam(
     References:
       Tuddenham et al. 2022, arXiv 2202.07052, Section 2.3.2 and Table 2.
     """
-    transforms.check_hyperparameters(
+    check_hyperparameters(
         ("weight_decay",),
         learning_rate=learning_rate,
         b1=b1,
@@ -181,7 +182,7 @@ def orthogonal_lars(
       "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888; Zbontar
       et al.: "Barlow Twins", 2021, arXiv 2103.03230.
     """
-    transforms.check_hyperparameters(
+    check_hyperparameters(
         ("bias_learning_rate",),
         learning_rate=learning_rate,
         bias_learning_rate=bias_learning_rate,

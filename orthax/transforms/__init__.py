@@ -4,11 +4,6 @@ from orthax.transforms._component_rms import (
     ScaleByComponentRMSState as ScaleByComponentRMSState,
     scale_by_component_rms as scale_by_component_rms,
 )
-from orthax.transforms._hyperparameters import (
-    check_dtype as check_dtype,
-    check_hyperparameters as check_hyperparameters,
-)
-from orthax.transforms._masked import Hidden as Hidden, masked as masked
 from orthax.transforms._momentum import (
     NesterovEMAState as NesterovEMAState,
     nesterov_ema as nesterov_ema,

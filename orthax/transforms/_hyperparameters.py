@@ -27,9 +27,9 @@ def check_hyperparameters(optional: Sequence[str] = (), /, **values: Any) -> Non
       TypeError: if one is something else; it says what to write instead.
 
     Example:
-      >>> from orthax import transforms
-      >>> transforms.check_hyperparameters(learning_rate=0.1, momentum=0.9)
-      >>> transforms.check_hyperparameters(momentum="0.9")
+      >>> from orthax.internal.transforms import check_hyperparameters
+      >>> check_hyperparameters(learning_rate=0.1, momentum=0.9)
+      >>> check_hyperparameters(momentum="0.9")
       Traceback (most recent call last):
       TypeError: `momentum` must be a number, got '0.9' of type str. Write 0.9.
     """

@@ -35,9 +35,9 @@ def masked(
     Example:
       >>> import jax
       >>> import optax
-      >>> from orthax import transforms
+      >>> from orthax.internal.transforms import masked
       >>> matrices = lambda tree: jax.tree.map(lambda x: x > 1, tree)
-      >>> tx = transforms.masked(optax.scale(10.0), matrices)
+      >>> tx = masked(optax.scale(10.0), matrices)
       >>> tx.update({"a": 1.0, "b": 2.0}, tx.init({"a": 1.0, "b": 2.0}))[0]
       {'a': 1.0, 'b': 20.0}
     """

@@ -13,16 +13,16 @@ class NesterovEMAState(NamedTuple):
     """State of `nesterov_ema`.
 
     Attributes:
-      step: how many updates there have been, int32, shape ().
+      count: how many updates there have been, int32, shape ().
       ema: running mean of the updates, a tree like the parameters.
     """
 
-    step: jax.Array
+    count: jax.Array
     ema: optax.Updates
 
 
 def nesterov_ema(
-    decay: float = 0.95, accumulator_dtype: Any | None = None
+    decay: float = 0.95, mu_dtype: Any | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace the update by its running mean, looked up one step ahead.
 
@@ -33,14 +33,14 @@ def nesterov_ema(
 
     Args:
       decay: $\beta$, in [0, 1), dimensionless.
-      accumulator_dtype: dtype of the running mean, by name or as a `jnp.dtype`;
+      mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`;
         default that of the parameters.
 
     Returns:
       A transformation with a `NesterovEMAState`.
 
     Raises:
-      TypeError: if `accumulator_dtype` is no dtype, or an array, which
+      TypeError: if `mu_dtype` is no dtype, or an array, which
         `optax.inject_hyperparams` makes of a dtype's class.
 
     Example:
@@ -55,22 +55,22 @@ def nesterov_ema(
       Dozat: "Incorporating Nesterov Momentum into Adam", 2016, Algorithm 8; Jordan:
       "Muon", 2024; the bias correction is that of `optax.contrib.muon`.
     """
-    check_dtype(accumulator_dtype)
+    check_dtype(mu_dtype)
 
     def init(params: optax.Params) -> NesterovEMAState:
-        ema = optax.tree.zeros_like(params, dtype=accumulator_dtype)
+        ema = optax.tree.zeros_like(params, dtype=mu_dtype)
         return NesterovEMAState(jnp.zeros([], jnp.int32), ema)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        step = optax.safe_increment(state.step)
+        count = optax.safe_increment(state.count)
         ema = optax.tree.update_moment(updates, state.ema, decay, 1)
-        ahead = optax.tree.bias_correction(ema, decay, optax.safe_increment(step))
-        now = optax.tree.bias_correction(updates, decay, step)
+        ahead = optax.tree.bias_correction(ema, decay, optax.safe_increment(count))
+        now = optax.tree.bias_correction(updates, decay, count)
         looked_up = jax.tree.map(
             lambda m, g: (decay * m + (1 - decay) * g).astype(g.dtype), ahead, now
         )
         ema = jax.tree.map(lambda new, old: new.astype(old.dtype), ema, state.ema)
-        return looked_up, NesterovEMAState(step, ema)
+        return looked_up, NesterovEMAState(count, ema)
 
     return optax.GradientTransformationExtraArgs(init, update)

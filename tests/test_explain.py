@@ -100,7 +100,7 @@ def test_a_tree_without_matrices_costs_nothing():
 def test_the_rule_and_the_method_are_checked():
     with pytest.raises(TypeError, match="polar method"):
         orthax.explain(TREE, method="svd")
-    ambiguous = {"conv": {"kernel": jnp.ones((3, 4, 5))}}
+    ambiguous = {"mix": {"kernel": jnp.ones((3, 4, 5))}}
     found = orthax.explain(ambiguous, components.ByName())
     assert found.rows[0].error
     assert found.stacks == ()
@@ -118,7 +118,7 @@ def block(i):
     leaves["a_name_that_does_not_end_before_everybody_is_asleep_and_more/w"] = struct(
         768, 3072
     )
-    leaves["temporal_convolution/kernel"] = struct(3, 256, 1024)
+    leaves["temporal_mixing/kernel"] = struct(3, 256, 1024)
     leaves["position_dependent/mixing_matrix"] = struct(48, 48)
     leaves["expert_gates/fused/kernel"] = struct(512, 2048)
     return {f"encoder_stack/layers_{i}/{path}": x for path, x in leaves.items()}
@@ -189,7 +189,7 @@ def test_a_table_that_fits_is_left_as_it_is():
 def test_errors_are_wrapped_and_their_advice_is_given_once():
     text = str(orthax.explain(DEEP, platform="gpu"))
     assert text.count("Say what it is") == 1
-    assert " ".join(text.split()).count("temporal_convolution/kernel' of shape") == 10
+    assert " ".join(text.split()).count("temporal_mixing/kernel' of shape") == 10
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from orthax.components import ByName, ByPath, Matricisation
 from orthax.polar import NewtonSchulz
 
 PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
-CONV1D = {"conv": {"kernel": jnp.ones((3, 4, 5))}}
+STACKED = {"block": {"kernel": jnp.ones((3, 4, 5))}}
 WEIGHT = {"layers": [{"weight": jnp.ones((3, 4))} for _ in range(2)]}
 TASKS = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}
 
@@ -108,15 +108,41 @@ MISTAKES = {
         TypeError,
         ("got 1000000000.0", "Write 1000000000."),
     ),
-    "Conv1d": (
-        initialised(CONV1D),
+    "a kernel of rank 3": (
+        initialised(STACKED),
         ValueError,
-        ("'conv/kernel' of shape (3, 4, 5)", "Conv1d", "ByPath", "from_model"),
+        (
+            "'block/kernel' of shape (3, 4, 5)",
+            "Conv1d",
+            "from_function(model.apply, params, x)",
+            "from_model",
+            "ByName(overrides=[",
+        ),
     ),
     "Equinox": (
         initialised(WEIGHT),
         ValueError,
         ("'layers/0/weight'", "'layers/1/weight'", "Say what it is", "from_model"),
+    ),
+    "a name that is in no path": (
+        initialised(WEIGHT | PARAMS, rule=ByName(skip=("layers", "dens"))),
+        ValueError,
+        ("skip 'dens' of ByName is in no path", "near it: 'dense'", "orthax.explain"),
+    ),
+    "a pattern that is in no path": (
+        initialised(PARAMS, rule=ByName(overrides=[("dense/kernal", None)])),
+        ValueError,
+        ("pattern 'dense/kernal' of ByName", "'dense/kernel'", 'unmatched="ignore"'),
+    ),
+    "a stacked axis too many": (
+        initialised(PARAMS, rule=ByName(stacked=("dense",))),
+        ValueError,
+        ("'dense/kernel' of rank 2", "stacked=(('dense', 0),)", "smaller sub-tree"),
+    ),
+    "unmatched": (
+        lambda: ByName(unmatched="warn"),
+        ValueError,
+        ('"raise" or "ignore"', "'warn'"),
     ),
     "no parameters": (updated(orthax.muon), ValueError, ("`params`", "`update`")),
     "a learning rate in quotes": (
@@ -317,7 +343,7 @@ def test_numbers_of_every_kind_and_schedules_are_hyperparameters(make):
 
 
 def test_advice_is_given_once_however_many_leaves():
-    tree = {f"conv{i}": CONV1D["conv"] for i in range(12)}
+    tree = {f"block{i}": STACKED["block"] for i in range(12)}
     with pytest.raises(ValueError) as caught:
         orthax.orthogonalise().init(tree)
     message = str(caught.value)

@@ -185,11 +185,12 @@ def _sequence(name: str, value: Any) -> Sequence:
 
 
 def _ambiguous(path: str, leaf: Any, why: str) -> str:
+    modules = ", components.from_model(model) off NNX and Equinox modules"
+    is_haiku = _parts(path)[-1] == "w"
     return (
-        f"Leaf '{path}' of shape {tuple(leaf.shape)} is ambiguous: {why}. The program "
-        "knows: components.from_function(model.apply, params, x). Or say what it is: "
-        "components.ByName(stacked=(...,)) for a scan or vmap axis, "
-        "ByName(overrides=[(pattern, Matricisation(rows, columns))]) for its axes, "
-        "ByName(skip=(...,)) to leave it alone, or components.from_model(model) for "
-        "NNX and Equinox models."
+        f"Leaf '{path}' of shape {tuple(leaf.shape)} is ambiguous: {why}. Say what it "
+        "is: components.from_function(model.apply, params, x) reads it off the program"
+        f"{'' if is_haiku else modules}. Or write components.ByName(stacked=(...,)) "
+        "for a scan or vmap axis, ByName(overrides=[(regex, Matricisation(rows, "
+        "columns))]) for its axes, ByName(skip=(...,)) to leave it alone."
     )

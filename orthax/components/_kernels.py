@@ -34,9 +34,8 @@ _TEMPORAL = re.compile(r"(^|_|short)conv(?!next)", re.I)
 _DEPTHWISE = re.compile(r"depthwise|(^|_)dw(_?conv|_|\d|$)", re.I)
 # Linen writes the class into the names that it makes up.
 _CONV_LOCAL = re.compile(r"^ConvLocal(_\d+)?$")
-_TRANSPOSED = re.compile(
-    r"transpose|deconv|(^|_)up(_?conv\w*|_?sampl\w*)?(_?\d+)?$", re.I
-)
+_TRANSPOSED = re.compile(r"transpose|deconv|upconv|up_conv|upsampl", re.I)
+_UP = re.compile(r"(^|_)up(_?\d+)?$", re.I)  # of an MLP or of a U-Net
 _KERAS_TRANSPOSED = re.compile(r"^conv\dd_transpose(_\d+)?$")
 _PICTURE = re.compile(r"conv|stem|patch|embed|proj|down|up", re.I)
 _MOST_TAPS = 64
@@ -78,7 +77,7 @@ def kernel(parts: list[str], shape: list[int], attention: str) -> Decision | str
         return _convolution(module, shape)  # the same whatever it is
     if _FUSED.search(module):
         return f"a kernel of rank {rank} below {module!r} is no convolution"
-    if _TRANSPOSED.search(module):
+    if _TRANSPOSED.search(module) or (rank > 3 and _UP.search(module)):
         return _transposed(parts[-1], module, shape)
     if _CONV.search(module):
         return _convolution(module, shape)

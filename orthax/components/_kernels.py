@@ -75,20 +75,21 @@ def kernel(parts: list[str], shape: list[int], attention: str) -> Decision | str
         return heads(module, _OUT.search(module) is not None, shape, attention)
     if rank > 3 and math.prod(shape[:-2]) == 1:
         return _convolution(module, shape)  # the same whatever it is
-    if _FUSED.search(module):
+    if _FUSED.search(module) or (rank > 3 and _is_no_convolution(parts, module)):
         return f"a kernel of rank {rank} below {module!r} is no convolution"
     if _TRANSPOSED.search(module) or (rank > 3 and _UP.search(module)):
         return _transposed(parts[-1], module, shape)
-    if _CONV.search(module):
+    if rank > 3 or _CONV.search(module):
         return _convolution(module, shape)
-    if rank == 3:
-        return (
-            "a kernel of rank 3 may be a Conv1d, a stacked Dense or a "
-            "LinearGeneral, which look alike"
-        )
-    if _DENSE_LIKE.search(module) or re.search(r"moe|expert", "/".join(parts), re.I):
-        return f"a kernel of rank {rank} below {module!r} is no convolution"
-    return _convolution(module, shape)
+    return (
+        "a kernel of rank 3 may be a Conv1d, a stacked Dense or a LinearGeneral, which "
+        "look alike"
+    )
+
+
+def _is_no_convolution(parts: list[str], module: str) -> bool:
+    experts = re.search(r"moe|expert", "/".join(parts), re.I)
+    return not _CONV.search(module) and bool(experts or _DENSE_LIKE.search(module))
 
 
 def _dense(module: str, shape: list[int], attention: str) -> Decision | str:
@@ -172,12 +173,12 @@ def _if_heads(
 ) -> Decision | str:
     """Return the decision if a width of `d` may have `h` heads of `k` features."""
     # A stacked kernel has its layers where the heads or the width would be.
-    if d < h or (h > 1 and (k > _WIDEST_HEAD or k >= d)):
+    if d < h or (h > 1 and (k > _WIDEST_HEAD or k >= d or (h == d and k > 1))):
         return (
             f"{tuple(shape)} is not what {h} heads of {k} features and a width of {d} "
             "look like; heads may come first, or layers be stacked"
         )
-    if h > 1 and (2 * k > d or h == d):
+    if h > 1 and 2 * k > d:
         reason = f"{found.reason}; stacked layers may look alike"
         return found._replace(reason=reason, guess=True)
     return found

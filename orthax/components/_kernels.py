@@ -21,7 +21,9 @@ _FUSED = re.compile(
 )
 _ROUTER = re.compile(r"router|^(gate|gating|switch)(_\d+)?$", re.I)
 _LOOKUP = re.compile(
-    r"^(tok\w*_|word_|vocab_)?embed(ding|der)?s?(_\d+)?$|^w[tp]e$", re.I
+    r"^((tok(en)?|word|vocab|pos(ition(al)?)?|type|segment|label|class)_?)?"
+    r"emb(s|ed(der|ding)?s?)?(_tokens|_\d+)?$|^w[tp]e$",
+    re.I,
 )
 _NORM = re.compile(r"norm_?\d*$|^ln(_|\d|$)|_ln(_?\d+)?$", re.I)
 _DENSE_LIKE = re.compile(
@@ -37,9 +39,10 @@ _CONV_LOCAL = re.compile(r"^ConvLocal(_\d+)?$")
 _TRANSPOSED = re.compile(r"transpose|deconv|upconv|up_conv|upsampl", re.I)
 _UP = re.compile(r"(^|_)up(_?\d+)?$", re.I)  # of an MLP or of a U-Net
 _KERAS_TRANSPOSED = re.compile(r"^conv\dd_transpose(_\d+)?$")
-_PICTURE = re.compile(r"conv|stem|patch|embed|proj|down|up", re.I)
+_PICTURE = re.compile(r"conv|stem|patch|embed|sampl|shortcut", re.I)
 _MOST_TAPS = 64
 _WIDEST_HEAD = 512
+_MOST_HEADS = 128
 
 
 def module_of(parts: list[str]) -> str:
@@ -173,12 +176,13 @@ def _if_heads(
 ) -> Decision | str:
     """Return the decision if a width of `d` may have `h` heads of `k` features."""
     # A stacked kernel has its layers where the heads or the width would be.
-    if d < h or (h > 1 and (k > _WIDEST_HEAD or k >= d or (h == d and k > 1))):
+    several = h > 1 and (k > _WIDEST_HEAD or k >= d or (h == d and k > 1))
+    if h > min(d, _MOST_HEADS) or several:
         return (
             f"{tuple(shape)} is not what {h} heads of {k} features and a width of {d} "
             "look like; heads may come first, or layers be stacked"
         )
-    if h > 1 and 2 * k > d:
+    if h > 1 and (2 * k > d or k < 8 or h * k > 4 * d):
         reason = f"{found.reason}; stacked layers may look alike"
         return found._replace(reason=reason, guess=True)
     return found
@@ -219,8 +223,10 @@ def _convolution(module: str, shape: list[int]) -> Decision | str:
         doubt = "stacked depthwise kernels look alike"
     elif rank == 5:
         doubt = "3-d, and stacked 2-d kernels look alike"
-    elif longest % 2 == 0 and shape[-2] > 4 and not _PICTURE.search(module):
-        doubt = "two stacked axes look alike"
+    elif shape[0] > 1 == shape[1] or (
+        longest % 2 == 0 and shape[-2] > 4 and not _PICTURE.search(module)
+    ):
+        doubt = "stacked kernels look alike"
     reason = f"convolution kernel{'; ' if doubt else ''}{doubt}"
     return Decision(cut, reason, guess=bool(doubt))
 
@@ -228,8 +234,8 @@ def _convolution(module: str, shape: list[int]) -> Decision | str:
 def _no_convolution(module: str, shape: list[int]) -> str:
     """Return why a kernel is no convolution, (*taps, in, out), or ""."""
     rank, taps = len(shape), {n for n in shape[:-2] if n > 1}
-    if re.search("spectral|fourier", module, re.I):
-        return f"the kernel of {module!r} has its modes where convolutions have taps"
+    if re.search("spectral|fourier|graph|gcn|relation", module, re.I):
+        return f"the kernel of {module!r} may have no taps, as other convolutions have"
     if rank > 5:
         return f"a kernel of rank {rank} is no convolution that Flax or Haiku has"
     said = re.search(r"conv_?(\d)_?d(?![a-z])", module, re.I)

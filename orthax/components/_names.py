@@ -8,7 +8,7 @@ from orthax.components._rule import Decision
 _VECTORS = re.compile(
     r"(^|_)(bias|scale|offset|gamma|beta|mean|var|norm|negative_slope|A_log|sinks?)$"
     r"|^(bias_.*|b|g|D)$"
-    r"|^(?!.*lora)(?!w?(kv|qkv)_b$)[a-z]{3,}(_[a-z]+)*_b$"
+    r"|^(query|key|value|gating|output|proj|attn|attention|conv|dense|linear)_b$"
     # Diagonals of state-space models, and the decays of RWKV.
     r"|^Lambda(_\w+)?$|^A_(re|im|real|imag)$|^log_(step|dt|A)\w*$|^(nu|theta)_log$"
     r"|^time_(decay|first|mix_[a-z]|maa_[a-z])$"
@@ -18,7 +18,7 @@ _TABLES = re.compile(
     r"|(^|_)(cls|tokens?|table|probe|latents?|codebook|prompts?|wte|wpe)(_?\d+)?$",
     re.I,
 )
-_NO_TABLES = re.compile(r"unembed|proj|linear|dense|kernel|head|(^|_)w$", re.I)
+_NO_TABLES = re.compile(r"unembed|(^|_)(proj(ections?)?|head)(_|\d|$)", re.I)
 _LORA = re.compile(r"(^|_)lora_[ab]$", re.I)
 # Parameters below which wrappers of arrays put a key of their own: haliax a number,
 # penzai `data_array`.

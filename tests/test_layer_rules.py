@@ -416,12 +416,16 @@ ON_UP = {"head": {"kernel": False}, "up": {"kernel": True}}
         orthax.normuon(0.1, rule=SKIPPING),
         optax.masked(orthax.orthogonalise(rule=SKIPPING), ON_UP),
         optax.masked(orthax.orthogonalise(rule=SKIPPING), {"head": False, "up": True}),
+        optax.masked(
+            orthax.orthogonalise(rule=ByName(skip=("head/kernel",))),
+            {"head": False, "up": True},
+        ),
         optax.partition(
             {"o": orthax.orthogonalise(rule=SKIPPING), "a": optax.adam(0.1)},
             {"head": {"kernel": "a"}, "up": {"kernel": "o"}},
         ),
     ],
-    ids=["muon", "normuon", "masked", "masked above", "partition"],
+    ids=["muon", "normuon", "masked", "above", "above what is named", "partition"],
 )
 def test_names_of_masked_leaves_are_not_missed(tx):
     state = tx.init(PARAMETERS)

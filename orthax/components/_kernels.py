@@ -68,7 +68,7 @@ def kernel(parts: list[str], shape: list[int], attention: str) -> Decision | str
     if gates is not None:
         return gates
     if rank == 2:
-        return _dense(module, shape, attention)
+        return _dense(parts[-1], module, shape, attention)
     if _CONV_LOCAL.search(module):
         cut = Matricisation((rank - 2,), (rank - 1,))
         return Decision(cut, "unshared convolution, by its module's name")
@@ -95,9 +95,10 @@ def _is_no_convolution(parts: list[str], module: str) -> bool:
     return not _CONV.search(module) and bool(experts or _DENSE_LIKE.search(module))
 
 
-def _dense(module: str, shape: list[int], attention: str) -> Decision | str:
+def _dense(name: str, module: str, shape: list[int], attention: str) -> Decision | str:
     """Decide a kernel of two axes."""
-    if _TEMPORAL.search(module) and "pointwise" not in module and min(shape) <= 16:
+    is_temporal = _TEMPORAL.search(module) and "pointwise" not in module
+    if is_temporal and name == "w" and min(shape) <= 16:
         return (
             f"a kernel of rank 2 below {module!r} may be a depthwise convolution, taps "
             "by width, or dense"
@@ -107,6 +108,8 @@ def _dense(module: str, shape: list[int], attention: str) -> Decision | str:
     doubt = ""
     if (_QUERY.search(module) or _OUT.search(module)) and attention != "whole":
         doubt = "if this is attention its heads are fused: cut whole"
+    elif is_temporal and min(shape) <= 16:
+        doubt = f"{module!r} may be depthwise"
     elif _FUSED.search(module):
         doubt = f"{module!r} may be several in one: cut whole"
     elif _ROUTER.search(module):

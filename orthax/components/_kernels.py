@@ -19,7 +19,8 @@ _FUSED = re.compile(
     r"|adaln|modulation|geglu)(_|\d|$)|fused|^dense_[ih]$",
     re.I,
 )
-_ROUTER = re.compile(r"router|^(gate|gating|switch)(_\d+)?$", re.I)
+_ROUTER = re.compile(r"router|^switch(_\d+)?$", re.I)
+_GATE = re.compile(r"^(gate|gating)(_\d+)?$", re.I)
 _LOOKUP = re.compile(
     r"^((tok(en)?|word|vocab|pos(ition(al)?)?|type|segment|label|class)_?)?"
     r"emb(s|ed(der|ding)?s?)?(_tokens|_\d+)?$|^w[tp]e$",
@@ -112,7 +113,7 @@ def _dense(name: str, module: str, shape: list[int], attention: str) -> Decision
         doubt = f"{module!r} may be depthwise"
     elif _FUSED.search(module):
         doubt = f"{module!r} may be several in one: cut whole"
-    elif _ROUTER.search(module):
+    elif _ROUTER.search(module) or (_GATE.search(module) and shape[1] < shape[0]):
         doubt = f"{module!r} may choose experts, which Muon's authors leave to AdamW"
     elif _LOOKUP.search(module):
         doubt = f"{module!r} may be a lookup"

@@ -10,12 +10,12 @@ _VECTORS = re.compile(
     r"|^(bias_.*|b|g|D)$"
     r"|^(query|key|value|gating|output|proj|attn|attention|conv|dense|linear)_b$"
     # Diagonals of state-space models, and the decays of RWKV.
-    r"|^Lambda(_\w+)?$|^A_(re|im|real|imag)$|^log_(step|dt|A)\w*$|^(nu|theta)_log$|^a_param$"
-    r"|^time_(decay|first|mix_[a-z]|maa_[a-z])$"
+    r"|^Lambda(_\w+)?$|^A_(re|im|real|imag)$|^log_(step|dt|A)\w*$|^a_param$"
+    r"|^(nu|theta)_log$|^time_(decay|first|mix_[a-z]|maa_[a-z])$"
 )
 _TABLES = re.compile(
     r"embed|(^|_)embs?$|^(pos(ition(al)?)?|cls)(_|$)|(^|_)rel_pos(_[a-z])?$"
-    r"|(^|_)(cls|tokens?|table|probe|latents?|codebook|prompts?|const|wte|wpe)(_?\d+)?$",
+    r"|(^|_)(cls|tokens?|table|probe|latents?|codebook|prompts?|const|w[tp]e)(_?\d+)?$",
     re.I,
 )
 _NO_TABLES = re.compile(r"unembed|(^|_)(proj(ections?)?|head)(_|\d|$)", re.I)

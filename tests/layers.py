@@ -1115,7 +1115,7 @@ HAIKU = [
         VECTORS,
         w("mlp/~/linear_0", DENSE) | w("mlp/~/linear_1", DENSE),
     ),
-    from_haiku("Conv1D", lambda x: hk.Conv1D(5, 3)(x), SIGNALS, w("conv1_d", RAISES)),
+    from_haiku("Conv1D", lambda x: hk.Conv1D(5, 3)(x), SIGNALS, w("conv1_d", CONV1D)),
     from_haiku("Conv2D", lambda x: hk.Conv2D(5, 3)(x), IMAGES, w("conv2_d", CONV)),
     from_haiku(
         "Conv2D, channels first",
@@ -1165,13 +1165,20 @@ HAIKU = [
         | w("multi_head_attention/linear", DENSE),
     ),
     from_haiku(
-        "LSTM", haiku_recurrent(lambda: hk.LSTM(5)), VECTORS, w("lstm/linear", DENSE)
+        "LSTM", haiku_recurrent(lambda: hk.LSTM(5)), VECTORS, w("lstm/linear", FUSED4)
     ),
     from_haiku(
         "GRU",
         haiku_recurrent(lambda: hk.GRU(5)),
         VECTORS,
-        {"gru/w_i": DENSE, "gru/w_h": DENSE, "gru/b": None},
+        {"gru/w_i": FUSED3, "gru/w_h": FUSED3, "gru/b": None},
+    ),
+    from_haiku(
+        "Conv2DLSTM",
+        haiku_recurrent(lambda: hk.Conv2DLSTM((8, 8), 5, 3)),
+        IMAGES,
+        w("conv2_dlstm/input_to_hidden", dataclasses.replace(CONV, blocks=4))
+        | w("conv2_dlstm/hidden_to_hidden", dataclasses.replace(CONV, blocks=4)),
     ),
     from_haiku(
         "VanillaRNN",

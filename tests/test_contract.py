@@ -1504,10 +1504,11 @@ def test_bad_restore_norm():
             ValueError,
             [
                 "'layers/0/kernel' of shape (2, 3, 4) is ambiguous",
+                "from_function(model.apply, params, x)",
+                "from_model(model)",
                 "ByName(stacked=(...,))",
                 "ByName(skip=(...,))",
-                "ByPath([...])",
-                "from_model(model)",
+                "ByName(overrides=[",
             ],
         ),
         (

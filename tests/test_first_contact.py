@@ -28,7 +28,7 @@ from orthax.components import ByName, ByPath, Matricisation
 from orthax.polar import NewtonSchulz
 
 PARAMS = {"dense": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}}
-CONV1D = {"conv": {"kernel": jnp.ones((3, 4, 5))}}
+STACKED = {"block": {"kernel": jnp.ones((3, 4, 5))}}
 WEIGHT = {"layers": [{"weight": jnp.ones((3, 4))} for _ in range(2)]}
 TASKS = {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 3))}
 
@@ -116,15 +116,41 @@ MISTAKES = {
         TypeError,
         ("got 1000000000.0", "Write 1000000000."),
     ),
-    "Conv1d": (
-        initialised(CONV1D),
+    "a kernel of rank 3": (
+        initialised(STACKED),
         ValueError,
-        ("'conv/kernel' of shape (3, 4, 5)", "Conv1d", "ByPath", "from_model"),
+        (
+            "'block/kernel' of shape (3, 4, 5)",
+            "Conv1d",
+            "from_function(model.apply, params, x)",
+            "from_model",
+            "ByName(overrides=[",
+        ),
     ),
     "Equinox": (
         initialised(WEIGHT),
         ValueError,
         ("'layers/0/weight'", "'layers/1/weight'", "Say what it is", "from_model"),
+    ),
+    "a name that is in no path": (
+        initialised(WEIGHT | PARAMS, rule=ByName(skip=("layers", "dens"))),
+        ValueError,
+        ("skip 'dens' of ByName is in no path", "near it: 'dense'", "orthax.explain"),
+    ),
+    "a pattern that is in no path": (
+        initialised(PARAMS, rule=ByName(overrides=[("dense/kernal", None)])),
+        ValueError,
+        ("pattern 'dense/kernal' of ByName", "'dense/kernel'", 'unmatched="ignore"'),
+    ),
+    "a stacked axis too many": (
+        initialised(PARAMS, rule=ByName(stacked=("dense",))),
+        ValueError,
+        ("'dense/kernel' of rank 2", "stacked=(('dense', 0),)", "smaller sub-tree"),
+    ),
+    "unmatched": (
+        lambda: ByName(unmatched="warn"),
+        ValueError,
+        ('"raise" or "ignore"', "'warn'"),
     ),
     "no parameters": (updated(orthax.muon), ValueError, ("`params`", "`update`")),
     "a learning rate in quotes": (
@@ -325,10 +351,10 @@ def test_numbers_of_every_kind_and_schedules_are_hyperparameters(make):
 
 
 def test_advice_is_given_once_however_many_leaves():
-    alike = {f"conv{i}": CONV1D["conv"] for i in range(12)}
-    with pytest.raises(ValueError, match="'conv0/kernel' and 11 like it of shape"):
+    alike = {f"block{i}": STACKED["block"] for i in range(12)}
+    with pytest.raises(ValueError, match="'block0/kernel' and 11 like it of shape"):
         orthax.orthogonalise().init(alike)
-    tree = {f"conv{name}": CONV1D["conv"] for name in "abcdefghijkl"}
+    tree = {f"block{name}": STACKED["block"] for name in "abcdefghijkl"}
     with pytest.raises(ValueError) as caught:
         orthax.orthogonalise().init(tree)
     message = str(caught.value)

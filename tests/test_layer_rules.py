@@ -15,6 +15,7 @@ import pytest
 from flax import linen, nnx
 from layers import Cut
 
+import orthax
 from orthax import components, execution
 from orthax.components import ByName, ByPath
 
@@ -365,6 +366,111 @@ def test_stacked_and_skip_match_whole_components_of_a_path():
         components.resolve(tree, ByName(skip=("hea", "kern", "layer")))
 
 
+@pytest.mark.parametrize(
+    ("rule", "named"),
+    [
+        (ByName(skip=("haed",)), ("skip 'haed'", "near it: 'head'")),
+        (ByName(stacked=("layer",)), ("stacked 'layer'", "'layers'")),
+        (ByName(overrides=[("haed/kernel", None)]), ("'haed/kernel'", "'head/kernel'")),
+        (components.OnlyConvolutions(ByName(skip=("haed",))), ("'haed'", "'head'")),
+        (ByName(skip=("encoder/layers", "zzz")), ("skip 'zzz'",)),
+    ],
+    ids=str,
+)
+def test_names_that_are_in_no_path_raise(rule, named):
+    tree = {"encoder": {"layers": {"conv": {"kernel": shape(3, 3, 6, 5)}}}}
+    tree["head"] = {"kernel": shape(6, 5)}
+    with pytest.raises(ValueError, match="is in no path of this tree") as error:
+        components.resolve(tree, rule)
+    for text in (*named, "orthax.explain", 'unmatched="ignore"'):
+        assert text in str(error.value)
+    assert len(components.decide_all(tree, rule)) == 2, "explain shows the others"
+    inner = getattr(rule, "rule", rule)
+    ignoring = dataclasses.replace(inner, unmatched="ignore")
+    if inner is not rule:
+        ignoring = dataclasses.replace(rule, rule=ignoring)
+    assert components.resolve(tree, ignoring)
+
+
+def test_names_that_are_in_no_path_are_told_with_the_leaves_they_were_meant_for():
+    tree = {"layers": {"kernel": shape(3, 6, 5)}}
+    with pytest.raises(ValueError, match="'layers/kernel'") as error:
+        components.resolve(tree, ByName(stacked=("layer",)))
+    assert "stacked 'layer' of ByName" in str(error.value)
+
+
+def test_patterns_of_by_path_may_find_nothing():
+    rule = ByPath([("bias", None), ("kernel", layers.DENSE)])
+    assert cuts({"kernel": shape(6, 5)}, rule) == {"kernel": layers.DENSE}
+
+
+SKIPPING = ByName(skip=("head",))
+PARAMETERS = {"head": {"kernel": jnp.ones((6, 5))}, "up": {"kernel": jnp.ones((5, 6))}}
+ON_UP = {"head": {"kernel": False}, "up": {"kernel": True}}
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        orthax.muon(0.1, rule=SKIPPING),
+        orthax.normuon(0.1, rule=SKIPPING),
+        optax.masked(orthax.orthogonalise(rule=SKIPPING), ON_UP),
+        optax.masked(orthax.orthogonalise(rule=SKIPPING), {"head": False, "up": True}),
+        optax.masked(
+            orthax.orthogonalise(rule=ByName(skip=("head/kernel",))),
+            {"head": False, "up": True},
+        ),
+        optax.partition(
+            {"o": orthax.orthogonalise(rule=SKIPPING), "a": optax.adam(0.1)},
+            {"head": {"kernel": "a"}, "up": {"kernel": "o"}},
+        ),
+    ],
+    ids=["muon", "normuon", "masked", "above", "above what is named", "partition"],
+)
+def test_names_of_masked_leaves_are_not_missed(tx):
+    state = tx.init(PARAMETERS)
+    updates, _ = tx.update(PARAMETERS, state, PARAMETERS)
+    assert set(updates) == {"head", "up"}
+
+
+def test_muon_with_a_name_that_matches_nothing_is_not_off_in_silence():
+    with pytest.raises(ValueError, match="skip 'heads'"):
+        orthax.muon(0.1, rule=ByName(skip=("heads",))).init(PARAMETERS)
+
+
+def test_names_of_leaves_that_are_none_are_found():
+    tree = {"head": {"kernel": None}, "up": {"kernel": shape(5, 6)}}
+    assert cuts(tree, SKIPPING) == {"up/kernel": layers.DENSE}
+
+
+def test_overrides_come_first_and_mean_the_leaf_as_it_is():
+    rule = ByName(
+        stacked=("layers",),
+        skip=("head",),
+        overrides=[("mix$", Cut((-2,), (-1,))), ("head/kernel", layers.ROW_DENSE)],
+    )
+    tree = {"layers": {"mix": shape(3, 6, 5), "kernel": shape(3, 6, 5)}}
+    tree["head"] = {"kernel": shape(6, 5), "other": shape(6, 5)}
+    assert cuts(tree, rule) == {
+        "head/kernel": layers.ROW_DENSE,
+        "head/other": None,
+        "layers/kernel": layers.STACK,
+        "layers/mix": layers.STACK,
+    }
+    assert hash(rule) == hash(dataclasses.replace(rule))
+
+
+def test_a_kernel_that_stacked_leaves_without_two_axes_raises():
+    tree = {"decoder": {"layers": {"mlp": {"kernel": shape(64, 3, 32)}}}}
+    tree["decoder"]["logits_dense"] = {"kernel": shape(64, 100), "gain": shape(3, 4)}
+    with pytest.raises(ValueError, match="'decoder/logits_dense/kernel'") as error:
+        components.resolve(tree, ByName(stacked=(("decoder", 1),)))
+    assert "smaller sub-tree" in str(error.value)
+    assert "gain" not in str(error.value), "a vector may well be stacked"
+    found = cuts(tree, ByName(stacked=(("decoder/layers", 1),)))
+    assert found["decoder/logits_dense/kernel"] == layers.DENSE
+
+
 def test_stacked_vectors_are_no_matrices_whatever_their_name():
     tree = {"layers": {"kernel": shape(3, 6, 5), "gain": shape(3, 6)}}
     assert cuts(tree, ByName(stacked=("layers",)))["layers/gain"] is None
@@ -385,6 +491,7 @@ def test_stacked_axis_that_a_leaf_lacks_is_named():
         {"stacked": (("layers", "0"),)},
         {"skip": "head"},
         {"skip": (3,)},
+        {"unmatched": "warn"},
     ],
     ids=str,
 )

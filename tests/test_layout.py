@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).parents[1] / "orthax"
 ALLOWED = {
     "_linalg": {"jax"},
     "polar": {"jax"},
-    "components": {"jax"},
+    "components": {"jax", "optax"},
     "execution": {"jax", "polar", "components", "optax"},
     "decorrelation": {"jax", "polar"},
     "transforms": {"jax", "polar", "components", "execution", "optax"},

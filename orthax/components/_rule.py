@@ -258,6 +258,11 @@ class OnlyConvolutions:
         """Return the cut of the leaf at `path`, if it is a convolution."""
         return self.decide(path, leaf).cut
 
+    @property
+    def unmatched(self) -> str:
+        """What becomes of names that no path has: what the rule that is asked says."""
+        return getattr(self.rule, "unmatched", "ignore")
+
     def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
         """Return what the rule that is asked names and no path has."""
         return self.rule.unused(paths) if hasattr(self.rule, "unused") else ()

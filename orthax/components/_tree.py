@@ -1,5 +1,6 @@
 """A tree read leaf by leaf: paths, which leaves can be cut, and how they are."""
 
+import difflib
 import re
 import reprlib
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from orthax.components._matricisation import Matricisation
 from orthax.components._rule import Decision, Rule, check_rule, decide
@@ -50,8 +52,9 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
 
     Raises:
       ValueError: if the rule cannot decide a leaf (all such leaves are named), a cut
-        does not fit its leaf, or the tree has floating leaves of rank 2 or more and
-        none of them is cut.
+        does not fit its leaf, the rule names what is in no path (unless parts of the
+        tree are hidden by `optax.masked`, or the rule says `unmatched="ignore"`), or
+        the tree has floating leaves of rank 2 or more and none of them is cut.
       TypeError: if `rule` is no rule or a leaf is no array.
 
     Limits:
@@ -69,8 +72,10 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
     """
     decided = decide_all(tree, rule)
     errors = [leaf.error for leaf in decided if leaf.error]
-    if errors:
-        raise ValueError(in_one_message(errors))
+    unmatched = _unmatched(tree, rule)
+    if errors or unmatched:
+        lines = [in_one_message(errors)] if errors else []
+        raise ValueError("\n".join(lines + unmatched))
     asked = [leaf for leaf in decided if can_be_cut(leaf.value)]
     if asked and not any(leaf.decision.cut for leaf in asked):
         shown = ", ".join(f"'{leaf.path}' {leaf.value.shape}" for leaf in asked[:3])
@@ -81,6 +86,40 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
             "matrices, or leave the tree out with optax.masked."
         )
     return [Leaf(leaf.path, leaf.value, leaf.decision.cut) for leaf in decided]
+
+
+def _unmatched(tree: Any, rule: Rule) -> list[str]:
+    """Return what is wrong with names of a rule that are in no path of a whole tree."""
+    if getattr(rule, "unmatched", "ignore") != "raise":
+        return []
+    is_hidden = lambda x: x is None or isinstance(x, optax.MaskedNode)  # noqa: E731
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_hidden)
+    if any(isinstance(leaf, optax.MaskedNode) for _, leaf in leaves):
+        return []  # a mask may hide what is named, and whole sub-trees
+    paths = [path_string(path) for path, _ in leaves]
+    unused = rule.unused(paths)
+    if not (unused and paths):
+        return []
+    known = {"/".join(part) for path in paths for part in _sub_paths(path)}
+    lines = []
+    for name in unused:
+        near = difflib.get_close_matches(name.partition(" ")[2].strip("'\""), known)
+        near = f"; near it: {', '.join(map(repr, near))}" if near else ""
+        lines.append(
+            f"{name} of {type(rule).__name__} is in no path of this tree{near}."
+        )
+    advice = (
+        "orthax.explain(params, rule) lists the paths; names match whole components of "
+        'them. For trees that need not have them: unmatched="ignore".'
+    )
+    return [*lines, advice]
+
+
+def _sub_paths(path: str) -> list[list[str]]:
+    """Return the runs of components of a path, up to three and the whole."""
+    parts = path.split("/")
+    starts = range(len(parts))
+    return [parts] + [parts[i : i + n] for i in starts for n in (1, 2, 3)]
 
 
 def in_one_message(errors: Sequence[str]) -> str:

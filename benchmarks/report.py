@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from benchmarks import (
     compiled,
     contract,
+    models,
     plots,
     polar,
     sharded,
@@ -26,6 +27,7 @@ KEYS = {
     "polar": polar.KEY,
     "compiled": compiled.KEY,
     "contract": contract.KEY,
+    "models": models.KEY,
     "step": step.KEY,
     "sharded": sharded.KEY,
     "speed": speed.KEY,
@@ -56,6 +58,7 @@ def sections(results: pathlib.Path) -> dict[str, str]:
         "compiled": compiled.report(rows["compiled"]),
         "polar": tables.by_device(rows["polar"], polar.markdown),
         "contract": contract.markdown(rows["contract"]),
+        "models": models.text(rows["models"]),
     }
 
 

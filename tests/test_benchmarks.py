@@ -34,7 +34,7 @@ from orthax import components, polar
 
 RULE = components.ByName(stacked=("experts",))
 SECTIONS = ("summary", "plots", "training", "step", "sharded", "speed", "tasks")
-SECTIONS += ("polar", "contract", "compiled")
+SECTIONS += ("polar", "contract", "compiled", "models")
 
 
 def tiny():

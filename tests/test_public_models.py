@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from benchmarks import models
 from orthax import components
 
 Cut = components.Matricisation
@@ -205,11 +206,11 @@ def test_hard_leaves(path, shape, right, how):
     not (Path(FOLDER) / "models.json").exists(), reason="ORTHAX_DATA has no models.json"
 )
 def test_no_leaf_of_a_public_model_is_wrong_in_silence():
-    models = json.loads((Path(FOLDER) / "models.json").read_text())
-    models = [model for model in models if not model["equinox"]]
-    assert len(models) == 76
+    every = json.loads((Path(FOLDER) / "models.json").read_text())
+    public = [model for model in every if not model["equinox"]]
+    assert len(public) == 76
     count, silent = collections.Counter(), []
-    for model in models:
+    for model in public:
         for leaf in model["leaves"]:
             path, shape, kind = leaf["path"], tuple(leaf["shape"]), leaf["kind"]
             right = (leaf["rows"], leaf["columns"]) if kind == "matrix" else None
@@ -231,3 +232,19 @@ def test_no_leaf_of_a_public_model_is_wrong_in_silence():
     assert count["left alone"] <= 3
     assert count["guess"] <= 10
     assert count["right"] >= 3_800, count
+
+
+def test_what_a_decision_is_worth():
+    leaf = {"shape": [8, 4, 6], "kind": "matrix", "rows": [0], "columns": [1, 2]}
+    decision = components.Decision(Cut((1, 2), (0,)), "")
+    assert models.outcome(leaf, decision) == "right"
+    assert models.outcome(leaf, decision._replace(cut=Cut((0,), (2,)))) == "wrong"
+    guess = components.Decision(Cut((0,), (2,)), "", True)
+    assert models.outcome(leaf, guess) == "flagged"
+    assert models.outcome(leaf, components.Decision(None, "")) == "left"
+    assert models.outcome(leaf, None) == "raised"
+    table = leaf | {"shape": [100, 8], "kind": "embed"}
+    assert models.outcome(table, models.by_rank("embedding", (100, 8))) == "wrong"
+    assert models.outcome(table, models.by_name("embedding", (100, 8))) == "right"
+    vector = table | {"shape": [1, 8], "kind": "vector"}
+    assert models.outcome(vector, models.by_rank("w", (1, 8))) == "right"

@@ -6,7 +6,12 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
-from orthax.internal.transforms import check_dtype, check_hyperparameters, masked
+from orthax.internal.transforms import (
+    check_dtype,
+    check_hyperparameters,
+    masked,
+    promoting,
+)
 
 
 def muon(
@@ -81,11 +86,11 @@ def muon(
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         transforms.scale_by_shape(scale, rule=rule),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
     if rest is None:
         how = {"mu_dtype": mu_dtype, "weight_decay": 0.0, "nesterov": nesterov}
-        rest = optax.adamw(learning_rate, **how)
+        rest = promoting(optax.adamw(learning_rate, **how))
     return _matrices_and_rest(matrices, rest, rule)
 
 
@@ -156,11 +161,11 @@ def normuon(
         transforms.scale_by_component_rms(b2, eps, rule=rule),
         transforms.scale_by_shape(scale, rule=rule),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
     if rest is None:
         how = {"mu_dtype": mu_dtype, "weight_decay": 0.0}
-        rest = optax.adamw(learning_rate, **how)
+        rest = promoting(optax.adamw(learning_rate, **how))
     return _matrices_and_rest(matrices, rest, rule)
 
 
@@ -178,7 +183,7 @@ def _averaged(
     check_dtype(dtype)
     if nesterov:
         return transforms.nesterov_ema(momentum, mu_dtype=dtype)
-    return optax.ema(momentum, accumulator_dtype=dtype)
+    return promoting(optax.ema(momentum, accumulator_dtype=dtype))
 
 
 def _matrices_and_rest(

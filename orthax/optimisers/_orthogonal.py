@@ -6,7 +6,7 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
-from orthax.internal.transforms import check_hyperparameters
+from orthax.internal.transforms import check_hyperparameters, promoting
 
 
 def orthogonal_sgd(
@@ -67,7 +67,7 @@ def orthogonal_sgd(
         optax.identity()
         if momentum is None
         else optax.trace(decay=momentum, nesterov=nesterov),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
@@ -125,8 +125,8 @@ def orthogonal_adam(
     return optax.chain(
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         _decayed(weight_decay),
-        optax.scale_by_adam(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_adam(b1, b2, eps)),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
@@ -198,8 +198,10 @@ def orthogonal_lars(
         optax.add_decayed_weights(weight_decay, mask=_rank_two),
         optax.masked(ratio, _rank_two),
         optax.trace(decay=momentum),
-        optax.masked(optax.scale_by_learning_rate(learning_rate), _rank_two),
-        optax.masked(optax.scale_by_learning_rate(bias_learning_rate), _rank_below_two),
+        optax.masked(promoting(optax.scale_by_learning_rate(learning_rate)), _rank_two),
+        optax.masked(
+            promoting(optax.scale_by_learning_rate(bias_learning_rate)), _rank_below_two
+        ),
     )
 
 

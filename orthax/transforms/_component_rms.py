@@ -138,8 +138,9 @@ def _divided(
     work = working(x)
     entries = work.real**2 + work.imag**2
     square = jnp.mean(entries, axis=rows, keepdims=True)
-    v = (b2 * v + (1 - b2) * square).astype(v.dtype)
-    out = work / (jnp.sqrt(v) + eps)
+    mean = (b2 * v).astype(square.dtype) + (1 - b2) * square
+    v = mean.astype(v.dtype)
+    out = work / (jnp.sqrt(v) + eps).astype(square.dtype)
     before = jnp.sum(entries, axis=rows + columns, keepdims=True)
     after = jnp.sum(out.real**2 + out.imag**2, axis=rows + columns, keepdims=True)
     ratio = jnp.sqrt(before / jnp.where(after > 0, after, 1))

@@ -109,7 +109,7 @@ def restore_norm(
     def restored(rows: Axes, columns: Axes, x: jax.Array, y: jax.Array) -> jax.Array:
         work = working_dtype(y.dtype)
         factor = norm.factor(x.astype(work), y.astype(work), rows + columns)
-        return (factor * y).astype(y.dtype)
+        return (factor * y.astype(work)).astype(y.dtype)
 
     def init(params):
         components.resolve(params, rule)

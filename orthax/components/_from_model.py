@@ -10,10 +10,10 @@ import jax
 
 from orthax.components._by_name import ByName, check_attention
 from orthax.components._layers import framework_of, is_array, leaves_of
-from orthax.components._matricisation import Matricisation
-from orthax.components._rule import Decision, checked_patterns, match, not_found
+from orthax.components._matricisation import Decision, Matricisation
+from orthax.components._paths import path_string
+from orthax.components._rule import checked_patterns, match, not_found
 from orthax.components._stacked_axes import Sizes, stacked_axes
-from orthax.components._tree import path_string
 
 # What is said of a leaf: a decision, what is wrong with it, or nothing.
 Said = Decision | str | None

@@ -32,7 +32,7 @@ from orthax.low_rank._state import (
 
 def factorise(
     params: Any,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     *,
     min_aspect: float = 0.1,
     keep_first: bool = False,

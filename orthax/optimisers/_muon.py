@@ -24,7 +24,7 @@ def muon(
     rest: optax.GradientTransformation | None = None,
     mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Muon: momentum, then orthogonalisation, for matrices; AdamW for the rest.
@@ -81,6 +81,7 @@ def muon(
         weight_decay=weight_decay,
     )
     _check_rest(rest)
+    rule = components.check_rule(rule)
     matrices = optax.chain(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
@@ -106,7 +107,7 @@ def normuon(
     rest: optax.GradientTransformation | None = None,
     mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return NorMuon: Muon with components of equal root mean square.
@@ -155,6 +156,7 @@ def normuon(
         weight_decay=weight_decay,
     )
     _check_rest(rest)
+    rule = components.check_rule(rule)
     matrices = optax.chain(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),

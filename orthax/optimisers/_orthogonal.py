@@ -16,7 +16,7 @@ def orthogonal_sgd(
     nesterov: bool = False,
     weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Return Orthogonal-SGDM: orthogonalised gradients, then SGD with momentum.
@@ -79,7 +79,7 @@ def orthogonal_adam(
     *,
     weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Orthogonal-Adam: orthogonalised gradients, then Adam.
@@ -138,7 +138,7 @@ def orthogonal_lars(
     weight_decay: float = 1e-6,
     trust_coefficient: float = 1e-3,
     method: polar.PolarMethod = polar.Auto(),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Orthogonal-LARS: orthogonalised gradients, then LARS.

@@ -32,7 +32,7 @@ def scale_by_component_rms(
     b2: float = 0.95,
     eps: float = 1e-8,
     *,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divide every component by its running root mean square, and keep the norm.
 
@@ -75,7 +75,7 @@ def scale_by_component_rms(
       square of 0.2; here that is `scale_by_shape(RMSMatch(0.2))` behind it, the same
       for updates of full rank.
     """
-    components.check_rule(rule)
+    rule = components.check_rule(rule)
 
     def init(params: optax.Params) -> ScaleByComponentRMSState:
         nu = [

@@ -60,7 +60,7 @@ def restore_norm(
     inner: optax.GradientTransformation,
     norm: OriginalNorm | NuclearNorm = OriginalNorm(),
     *,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a transformation, and give its update a size taken from its input.
 
@@ -93,7 +93,7 @@ def restore_norm(
       >>> updates["kernel"].round(4).tolist()  # both singular values alike, norm 5
       [[3.5355, 0.0], [0.0, 3.5355]]
     """
-    components.check_rule(rule)
+    rule = components.check_rule(rule)
     if not isinstance(inner, optax.GradientTransformation):
         advice = " Call it: what it returns is wanted." if callable(inner) else ""
         raise TypeError(

@@ -249,22 +249,24 @@ def test_the_update_of_optax_muon_with_its_own_tree(consistent_rms):
         "bias": None,
     }
     grads, params = random_like(params), random_like(params, 1)
-    rates = {"learning_rate": 0.1, "adam_learning_rate": 0.01}
+    rate, adam_rate = 0.1, 0.01
     scale = transforms.RMSMatch(0.2) if consistent_rms else transforms.Width()
     ours = orthax.muon(
+        rate,
         momentum=0.9,
         nesterov=False,
         method=polar.NewtonSchulz(polar.JORDAN),
         scale=scale,
         rule=dims,
-        **rates,
+        rest=optax.adamw(adam_rate, eps_root=0.0, weight_decay=0.0),
     )
     theirs = optax.contrib.muon(
+        rate,
+        adam_learning_rate=adam_rate,
         beta=0.9,
         nesterov=False,
         consistent_rms=consistent_rms,
         muon_weight_dimension_numbers=dims,
-        **rates,
     )
     found, expected = (
         tx.update(grads, tx.init(params), params)[0] for tx in (ours, theirs)
@@ -274,7 +276,7 @@ def test_the_update_of_optax_muon_with_its_own_tree(consistent_rms):
         difference = np.linalg.norm(found[name] - expected[name])
         assert difference <= 2e-5 * np.linalg.norm(expected[name]), name
     # The axes matter: a wrong cut is far off.
-    wrong = orthax.muon(**rates, rule={**dims, "stack": Cut((0, 1), (2,))})
+    wrong = orthax.muon(rate, rule={**dims, "stack": Cut((0, 1), (2,))})
     other = wrong.update(grads, wrong.init(params), params)[0]["stack"]
     assert np.linalg.norm(other - expected["stack"]) > 0.1 * np.linalg.norm(other)
 

@@ -68,7 +68,7 @@ def check_rule(rule: RuleOrTree) -> Rule:
         try:
             return ByTree(rule)
         except TypeError as error:
-            raise TypeError(f"{why} {error}{_advice(rule)}") from None
+            raise TypeError(f"{why}{_advice(rule)} {error}") from None
     if callable(rule):
         raise TypeError(
             f"{found}, which is callable: optax.inject_hyperparams would take it for "

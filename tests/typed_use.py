@@ -39,6 +39,9 @@ optimisers: list[optax.GradientTransformationExtraArgs] = [
     orthax.orthogonal_lars(0.2, rate),
     orthax.muon(rate, scale=transforms.RMSMatch(), mu_dtype=jnp.bfloat16),
     orthax.normuon(1e-3, method=polar.Auto("fast")),
+    orthax.muon(
+        rate, rule={"embed": None, "mlp": components.Matricisation((0,), (1,))}
+    ),
     orthax.orthogonalize(polar.SVD(null_space="complete")),
     transforms.restore_norm(orthax.orthogonalise(), transforms.NuclearNorm()),
     orthax.combine_tasks(tasks.OSGD((1, 0)), scope="leaf"),

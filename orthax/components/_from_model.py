@@ -9,10 +9,14 @@ from typing import Any
 import jax
 
 from orthax.components._by_name import ByName, check_attention
-from orthax.components._layers import framework_of, leaves_of
-from orthax.components._matricisation import Matricisation
-from orthax.components._rule import Decision, checked_patterns, match, not_found
-from orthax.components._tree import path_string
+from orthax.components._layers import framework_of, is_array, leaves_of
+from orthax.components._matricisation import Decision, Matricisation
+from orthax.components._paths import path_string
+from orthax.components._rule import checked_patterns, match, not_found
+from orthax.components._stacked_axes import Sizes, stacked_axes
+
+# What is said of a leaf: a decision, what is wrong with it, or nothing.
+Said = Decision | str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +24,9 @@ class FromModel:
     """The rule that `from_model` makes: what the modules of a model say of each leaf.
 
     Attributes:
-      decisions: path, rank and decision of every leaf of the model; no decision for
-        leaves of modules that are not known, which `ByName` then decides.
+      decisions: path, rank and decision of every leaf of the model; instead of it what
+        is wrong, for a leaf whose sizes its layer does not explain, and None for leaves
+        of modules that are not known, which `ByName` then decides.
       attention: how attention kernels are cut, as in `ByName`.
       overrides: patterns that come first, as in `ByPath`.
 
@@ -30,9 +35,7 @@ class FromModel:
         another rank than the model's.
     """
 
-    decisions: tuple[tuple[str, int, Decision | None], ...] = dataclasses.field(
-        repr=False
-    )
+    decisions: tuple[tuple[str, int, Said], ...] = dataclasses.field(repr=False)
     attention: str = "whole"
     overrides: tuple[tuple[str, Matricisation | None], ...] = ()
 
@@ -57,6 +60,8 @@ class FromModel:
                 f"Leaf '{path}' of shape {tuple(leaf.shape)} has rank {rank} in the "
                 "model given to from_model: build the rule from the model as trained."
             )
+        if isinstance(decision, str):
+            raise ValueError(decision)
         if decision is not None:
             return decision
         try:
@@ -64,8 +69,9 @@ class FromModel:
         except ValueError:
             raise ValueError(
                 f"Leaf '{path}' of shape {tuple(leaf.shape)} belongs to a module that "
-                "from_model does not know, and its name does not tell its axes: say "
-                f"what they are with overrides=[({re.escape(path)!r}, "
+                "from_model does not know, and its name does not tell its axes: "
+                "components.from_function(apply, params, *inputs) reads them from the "
+                f"program; or say what they are with overrides=[({re.escape(path)!r}, "
                 "Matricisation(rows=..., columns=...))], or None to leave it alone."
             ) from None
         return found._replace(reason=f"{found.reason}; its module is not known")
@@ -75,7 +81,7 @@ class FromModel:
         return not_found(self.overrides, paths)
 
     @functools.cached_property
-    def _by_path(self) -> dict[str, tuple[int, Decision | None]]:
+    def _by_path(self) -> dict[str, tuple[int, Said]]:
         return {path: (rank, decision) for path, rank, decision in self.decisions}
 
 
@@ -108,9 +114,10 @@ def from_model(
         heads are fused with their features, or malformed overrides.
 
     Limits:
-      Extra axes of a leaf (a model made under `nnx.vmap` or `eqx.filter_vmap`) are
-      taken to be leading. Parameters of modules that are not known are decided by
-      `ByName`.
+      Only layers that Flax and Equinox define are known, and subclasses of these;
+      parameters of other modules are decided by `ByName`. Which axes are stacked (a
+      model made under `nnx.vmap` or `eqx.filter_vmap`) is read off the sizes of the
+      layer; where these do not tell, the leaf raises and needs an override.
 
     Example:
       >>> import jax
@@ -122,7 +129,7 @@ def from_model(
       ((1,), (0,))
     """
     check_attention(attention)
-    found: dict[str, tuple[int, Decision | None]] = {}
+    found: dict[str, tuple[int, Said]] = {}
     overrides = checked_patterns(overrides)
     if isinstance(model, type) or not _walk(model, (), attention, found, ()):
         raise TypeError(_no_module(model))
@@ -134,7 +141,7 @@ def _walk(
     node: Any,
     path: tuple[Any, ...],
     attention: str,
-    found: dict[str, tuple[int, Decision | None]],
+    found: dict[str, tuple[int, Said]],
     above: tuple[int, ...],
 ) -> bool:
     """Record the leaves below a node; return whether a module was among them."""
@@ -145,7 +152,7 @@ def _walk(
         _record_layer(node, path_string(path), attention, found)
     for key, child in _children(node):
         below = (*path, key)
-        if _is_array(child):
+        if is_array(child):
             found.setdefault(path_string(below), (len(child.shape), None))
         else:
             module_below = _walk(child, below, attention, found, (*above, id(node)))
@@ -167,54 +174,54 @@ def _children(node: Any) -> Iterator[tuple[Any, Any]]:
                 yield jax.tree_util.DictKey(name), child
 
 
-def _is_array(x: Any) -> bool:
-    # nnx.Rngs has every attribute that it is asked for; an array's shape is a tuple.
-    return isinstance(getattr(x, "shape", None), tuple) and hasattr(x, "dtype")
-
-
 def _record_layer(
     node: Any,
     path: str,
     attention: str,
-    found: dict[str, tuple[int, Decision | None]],
+    found: dict[str, tuple[int, Said]],
 ) -> None:
     layer, leaves = leaves_of(node, attention)
-    for name, (rank, cut) in leaves.items():
+    shapes, sizes = {}, {}
+    for name, (expected, _) in leaves.items():
         leaf = node
         for part in name.split("/"):
             leaf = getattr(leaf, part, None)
-        if not _is_array(leaf):
-            continue
+        if is_array(leaf):
+            shapes[name], sizes[name] = tuple(leaf.shape), expected
+    stacked = stacked_axes(shapes, sizes)
+    for name, shape in shapes.items():
         below = f"{path}/{name}" if path else name
-        _check_leading(node, below, leaf.shape)
-        decision = _decision(cut, layer, len(leaf.shape) - rank)
+        said = _said(leaves[name][1], layer, stacked[name], below, shape, sizes[name])
         # What a layer says of its parts goes before what they say themselves.
-        found.setdefault(below, (len(leaf.shape), decision))
+        found.setdefault(below, (len(shape), said))
 
 
-def _check_leading(layer: Any, path: str, shape: tuple[int, ...]) -> None:
-    """Raise if the axes that a stacked dense layer has besides are not leading."""
-    sizes = [getattr(layer, name, None) for name in ("in_features", "out_features")]
-    if type(layer).__name__ != "Linear" or not all(isinstance(n, int) for n in sizes):
-        return
-    if len(shape) > 2 and sorted(shape[-2:]) != sorted(sizes):
-        raise ValueError(
-            f"Leaf '{path}' of shape {shape} belongs to a layer from {sizes[0]} to "
-            f"{sizes[1]} features, but its last two axes are others: from_model takes "
-            "stacked axes to be leading. Say what they are with overrides=[(regex, "
-            "Matricisation(rows=..., columns=...))]."
-        )
-
-
-def _decision(cut: Matricisation | str, reason: str, extra: int) -> Decision:
+def _said(
+    cut: Matricisation | str,
+    layer: str,
+    stacked: list[tuple[int, ...]],
+    path: str,
+    shape: tuple[int, ...],
+    sizes: Sizes,
+) -> Decision | str:
+    """Return the decision about a leaf, or what is wrong with its shape."""
     if isinstance(cut, str):
-        return Decision(None, f"{reason}: {cut}")
-    rows, columns, spatial = (
-        tuple(axis + extra for axis in part)
-        for part in (cut.rows, cut.columns, cut.spatial)
+        return Decision(None, f"{layer}: {cut}")
+    if len(stacked) == 1:
+        own = [axis for axis in range(len(shape)) if axis not in stacked[0]]
+        rows, columns, spatial = (
+            tuple(own[axis] for axis in part)
+            for part in (cut.rows, cut.columns, cut.spatial)
+        )
+        cut = dataclasses.replace(cut, rows=rows, columns=columns, spatial=spatial)
+        return Decision(cut, layer)
+    why = "does not tell which of its axes are stacked" if stacked else "does not fit"
+    return (
+        f"Leaf '{path}' of shape {shape} {why}: its layer, a {layer}, says "
+        f"{sizes}. components.from_function(apply, params, *inputs) reads the axes "
+        "from the program; or say what they are with overrides="
+        f"[({re.escape(path)!r}, Matricisation(rows=..., columns=...))]."
     )
-    cut = dataclasses.replace(cut, rows=rows, columns=columns, spatial=spatial)
-    return Decision(cut, reason)
 
 
 def _no_module(model: Any) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +194,20 @@ class Matricisation:
                 f"into {name} of equal size."
             )
         return count, (size // count,)
+
+
+class Decision(NamedTuple):
+    """A cut with its reason: what the rules of this room decide, for `explain`.
+
+    Attributes:
+      cut: the axes, or None for a leaf that is left alone.
+      reason: why, for people.
+      guess: whether the name leaves room for something else.
+    """
+
+    cut: Matricisation | None
+    reason: str
+    guess: bool = False
 
 
 def _axes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:

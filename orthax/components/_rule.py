@@ -3,10 +3,13 @@
 import dataclasses
 import re
 import reprlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from orthax.components._matricisation import Matricisation
+import jax
+
+from orthax.components._by_tree import ByTree, is_entry
+from orthax.components._matricisation import Decision, Matricisation
 
 
 @runtime_checkable
@@ -29,20 +32,6 @@ class Rule(Protocol):
         ...
 
 
-class Decision(NamedTuple):
-    """A cut with its reason: what the rules of this room decide, for `explain`.
-
-    Attributes:
-      cut: the axes, or None for a leaf that is left alone.
-      reason: why, for people.
-      guess: whether the name leaves room for something else.
-    """
-
-    cut: Matricisation | None
-    reason: str
-    guess: bool = False
-
-
 def decide(rule: Rule, path: str, leaf: Any) -> Decision:
     """Return a rule's cut of a leaf, with the reason if the rule gives one."""
     if hasattr(rule, "decide"):
@@ -50,14 +39,22 @@ def decide(rule: Rule, path: str, leaf: Any) -> Decision:
     return Decision(rule.resolve(path, leaf), type(rule).__name__)
 
 
-def check_rule(rule: Rule) -> None:
-    """Raise unless `rule` is an instance of a rule.
+# A tree of cuts may also be a module or a class of one's own: see `ByTree`.
+RuleOrTree = Rule | Mapping[Any, Any] | Sequence[Any]
+
+
+def check_rule(rule: RuleOrTree) -> Rule:
+    """Return a rule, made of a tree of cuts if it is one.
 
     Args:
-      rule: anything.
+      rule: a rule, or a tree as `ByTree` takes it.
+
+    Returns:
+      The rule, or a `ByTree`: hashable and frozen whatever the tree was made of.
 
     Raises:
-      TypeError: if it is a class, has no `resolve`, or is callable.
+      TypeError: if it is neither: a class, a callable, or without `resolve`.
+      ValueError: if a tree has two entries of one path.
     """
     # Trees and models, which land here too, have endless ones.
     shown = rule if isinstance(rule, type) else reprlib.repr(rule)
@@ -65,35 +62,42 @@ def check_rule(rule: Rule) -> None:
     if isinstance(rule, type):
         raise TypeError(f"{found}: a class; write {rule.__name__}().")
     if not isinstance(rule, Rule):
-        raise TypeError(f"{found} of type {type(rule).__name__}.{_advice(rule)}")
+        why = f"{found} of type {type(rule).__name__}."
+        if is_entry(rule) or jax.tree_util.all_leaves([rule]):
+            raise TypeError(f"{why}{_advice(rule)}")
+        try:
+            return ByTree(rule)
+        except TypeError as error:
+            raise TypeError(f"{why}{_advice(rule)} {error}") from None
     if callable(rule):
         raise TypeError(
             f"{found}, which is callable: optax.inject_hyperparams would take it for "
             "a schedule. Make it a frozen dataclass with a method `resolve`."
         )
+    return rule
 
 
 def _advice(rule: Any) -> str:
     """Return what to write instead of something that is no rule."""
     if rule is None:
         return " Leave it out for the default; to leave leaves alone: ByName(skip=...)."
-    if isinstance(rule, Matricisation):
-        return f' For all leaves: components.ByPath([("", {rule!r})]).'
+    if is_entry(rule):
+        return (
+            f' For all leaves: components.ByPath([("", {ByTree(rule).cuts[0][1]!r})]).'
+        )
     if hasattr(rule, "flops"):
         return " It says how polar factors are computed: write method=... before it."
     if hasattr(rule, "update") and hasattr(rule, "init"):
         return " A gradient transformation is none: give the rule that it was given."
-    if isinstance(rule, list | tuple | dict):
-        return (
-            " For a list of patterns write components.ByPath([...]); a rule is not a "
-            "tree like the parameters."
-        )
+    if isinstance(rule, list | tuple):
+        return " For a list of patterns write components.ByPath([...])."
     if getattr(rule, "__name__", "") == "from_model":
         return " Call it with the model: components.from_model(model)."
     if callable(rule):
         return (
             " Of a model make one by components.from_model(model), of a function a "
-            "frozen dataclass with a method `resolve(path, leaf)`."
+            "frozen dataclass with a method `resolve(path, leaf)`; a function of the "
+            "parameters that returns a tree of cuts is to be called first."
         )
     return ""
 
@@ -252,7 +256,7 @@ class OnlyConvolutions:
     rule: Rule
 
     def __post_init__(self):
-        check_rule(self.rule)
+        object.__setattr__(self, "rule", check_rule(self.rule))
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
         """Return the cut of the leaf at `path`, if it is a convolution."""

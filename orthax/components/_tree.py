@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orthax.components._matricisation import Matricisation
-from orthax.components._rule import Decision, Rule, check_rule, decide
+from orthax.components._by_tree import ByTree
+from orthax.components._matricisation import Decision, Matricisation
+from orthax.components._paths import path_string
+from orthax.components._rule import Rule, RuleOrTree, check_rule, decide
 
 _SHOWN = 10
 
@@ -40,12 +42,12 @@ class Decided(NamedTuple):
     error: str | None
 
 
-def resolve(tree: Any, rule: Rule) -> list[Leaf]:
+def resolve(tree: Any, rule: RuleOrTree) -> list[Leaf]:
     """Return every leaf of a tree with its cut, in the order of `jax.tree.leaves`.
 
     Args:
       tree: arrays, or anything with a shape and a dtype.
-      rule: how leaves are cut.
+      rule: how leaves are cut; a rule, or a tree of cuts as in `ByTree`.
 
     Returns:
       One `Leaf(path, value, cut)` for each leaf; `cut` is None where it is left alone.
@@ -70,6 +72,7 @@ def resolve(tree: Any, rule: Rule) -> list[Leaf]:
       dense/bias None
       dense/kernel ((0,), (1,))
     """
+    rule = check_rule(rule)
     decided = decide_all(tree, rule)
     errors = [leaf.error for leaf in decided if leaf.error]
     unmatched = _unmatched(tree, rule)
@@ -108,10 +111,12 @@ def _unmatched(tree: Any, rule: Rule) -> list[str]:
         lines.append(
             f"{name} of {type(rule).__name__} is in no path of this tree{near}."
         )
-    advice = (
-        "orthax.explain(params, rule) lists the paths; names match whole components of "
-        'them. For trees that need not have them: unmatched="ignore".'
-    )
+    advice = "orthax.explain(params, rule) lists the paths."
+    if not isinstance(rule, ByTree):
+        advice = (
+            f"{advice} Names match whole components of them. For trees that need not "
+            'have them: unmatched="ignore".'
+        )
     return [*lines, advice]
 
 
@@ -170,19 +175,19 @@ def _one_of(errors: Sequence[str]) -> str:
     )
 
 
-def decide_all(tree: Any, rule: Rule) -> list[Decided]:
+def decide_all(tree: Any, rule: RuleOrTree) -> list[Decided]:
     """Return every leaf with the rule's decision, or with the error it raised.
 
     What `resolve` does, without raising: for `explain`.
 
     Args:
       tree: arrays, or anything with a shape and a dtype.
-      rule: how leaves are cut.
+      rule: how leaves are cut; a rule, or a tree of cuts as in `ByTree`.
 
     Raises:
       TypeError: if `rule` is no rule or a leaf is no array.
     """
-    check_rule(rule)
+    rule = check_rule(rule)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [_decided(path_string(path), leaf, rule) for path, leaf in leaves]
 
@@ -233,34 +238,3 @@ def _why_not(leaf: Any) -> str | None:
     if size < 2:
         return "empty" if size == 0 else "size one"
     return None
-
-
-def path_string(path: tuple[Any, ...]) -> str:
-    """Return a path as `"blocks/0/kernel"`, the same whatever the tree is made of.
-
-    Args:
-      path: keys, from `jax.tree_util.tree_flatten_with_path`.
-
-    Returns:
-      The path without the last attribute `value` that NNX variables and Linen's boxes
-      add in some trees (those that `tx.init` is given) and not in others (those that
-      `tx.update` is given).
-
-    Example:
-      >>> import jax
-      >>> from orthax import components
-      >>> [(path, _)], _ = jax.tree_util.tree_flatten_with_path({"a": [1.0]})
-      >>> components.path_string(path)
-      'a/0'
-    """
-    last = path[-1] if path else None
-    if isinstance(last, jax.tree_util.GetAttrKey) and last.name == "value":
-        path = path[:-1]
-    return "/".join(_key_string(key) for key in path)
-
-
-def _key_string(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)

@@ -91,7 +91,9 @@ class Scaled(_Dense):
         ratios = jnp.where(counted, before / jnp.where(counted, after, 1), 0)
         # Sums, not means: devices may count different numbers of samples.
         sums = averaged((jnp.sum(ratios), jnp.sum(counted)), axis_name)
-        gain = jnp.where(sums[1] > 0, sums[0] / jnp.maximum(sums[1], 1), 1)
+        gain = jnp.where(
+            sums[1] > 0, sums[0] / jnp.maximum(sums[1], 1).astype(x.dtype), 1
+        )
         product, variances = _covariance_times(z, state, axis_name)
         alive = (variances > 0)[:, None]
         return jnp.where(alive, gain * (state - self.learning_rate * product), state)
@@ -183,7 +185,7 @@ class Local(_Dense):
         z = self.apply(state, x)
         # R C = (C R^T)^T, as C is symmetric.
         product, variances = _covariance_times(z, state.T, axis_name)
-        return state - self.learning_rate * (product.T - state * variances)
+        return state - self.learning_rate * (product.T - state * variances[None])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,9 @@ class Lateral:
         z = self.apply(state, x)
         covariance = averaged(matmul(z.T, z) / len(z), axis_name)
         target = jnp.diag(jnp.diag(covariance) > 0)
-        return state + self.learning_rate * (covariance - target)
+        return state + self.learning_rate * (
+            covariance - target.astype(covariance.dtype)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

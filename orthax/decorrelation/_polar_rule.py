@@ -146,7 +146,7 @@ class Polar:
         alive = values > null
         bounded = jnp.maximum(values, self.floor * largest)
         inverse = jnp.where(alive, 1 / jnp.where(alive, bounded, 1), 0)
-        return matmul(vectors * inverse, vectors.T)
+        return matmul(vectors * inverse[None], vectors.T)
 
 
 def _gathered(x: jax.Array, axis_name: Any) -> jax.Array:

@@ -120,8 +120,8 @@ def apply_decorrelation(
     check_samples(state, x)
     transform = jax.lax.stop_gradient(state.transform)
     mean = jax.lax.stop_gradient(state.mean) if mean is None else mean
-    centred = x.astype(state.mean.dtype) - mean
-    z = rule.apply(transform, centred.reshape(-1, x.shape[-1]))
+    rows = x.astype(state.mean.dtype).reshape(-1, x.shape[-1])
+    z = rule.apply(transform, rows - mean[None])
     return z.reshape(x.shape).astype(x.dtype)
 
 
@@ -198,7 +198,7 @@ def update_decorrelation(
         mean = averaged(jnp.mean(x, axis=0), axis_name)
     if (index := drawn(len(x), sample, key, axis_name)) is not None:
         x = x[index]
-    x = x - jax.lax.stop_gradient(mean)
+    x = x - jax.lax.stop_gradient(mean)[None]
     weight = jnp.maximum(momentum, 1 / (state.updates + 1).astype(mean.dtype))
     learnt = (
         state.mean + weight * (mean - state.mean),

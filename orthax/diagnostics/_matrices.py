@@ -37,7 +37,7 @@ class SingularValues(NamedTuple):
 
 
 def orthogonality_error(
-    tree: Any, rule: components.Rule = components.ByName()
+    tree: Any, rule: components.RuleOrTree = components.ByName()
 ) -> dict[str, jax.Array]:
     r"""Return how far every matrix is from having an orthonormal short side.
 
@@ -80,7 +80,7 @@ def orthogonality_error(
 
 
 def polar_residual(
-    updates: Any, gradients: Any, rule: components.Rule = components.ByName()
+    updates: Any, gradients: Any, rule: components.RuleOrTree = components.ByName()
 ) -> dict[str, jax.Array]:
     r"""Return how far every update is from the exact polar factor of its gradient.
 
@@ -136,7 +136,7 @@ def polar_residual(
 
 def rank_estimate(
     tree: Any,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     rank_tol: float | None = None,
 ) -> dict[str, jax.Array]:
     """Return the numerical rank of every matrix.
@@ -184,7 +184,7 @@ def rank_estimate(
 
 
 def singular_values(
-    tree: Any, rule: components.Rule = components.ByName()
+    tree: Any, rule: components.RuleOrTree = components.ByName()
 ) -> dict[str, SingularValues]:
     """Return a summary of the singular values of every matrix.
 

@@ -11,7 +11,7 @@ from orthax.diagnostics._trees import by_path, check_same_leaves
 
 
 def basis_stability(
-    before: Any, after: Any, rule: components.Rule = components.ByName()
+    before: Any, after: Any, rule: components.RuleOrTree = components.ByName()
 ) -> dict[str, jax.Array]:
     r"""Return how far the orthogonal bases of weights agree at two times.
 

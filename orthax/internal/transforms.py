@@ -5,3 +5,4 @@ from orthax.transforms._hyperparameters import (
     check_hyperparameters as check_hyperparameters,
 )
 from orthax.transforms._masked import masked as masked
+from orthax.transforms._promotion import promoting as promoting

@@ -32,7 +32,7 @@ from orthax.low_rank._state import (
 
 def factorise(
     params: Any,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     *,
     min_aspect: float = 0.1,
     keep_first: bool = False,
@@ -150,7 +150,7 @@ def _decomposed(
     factors = []
     for stack, r in zip(cut.fold(replicated(working(x))), ranks, strict=True):
         u, s, vt = thin_svd(stack)
-        sigma = s[:, :r, None] * jnp.eye(r, dtype=x.dtype)
+        sigma = s[:, :r, None] * jnp.eye(r, dtype=s.dtype)[None]
         factors.append((u[:, :, :r], sigma.astype(x.dtype), vt[:, :r]))
     return factors
 
@@ -232,5 +232,5 @@ def multiplied(u: jax.Array, sigma: jax.Array, vt: jax.Array) -> jax.Array:
 
 def masked(sigma: jax.Array, rank: Any) -> jax.Array:
     """Return Sigmas with zeros beyond the rank in rows and columns."""
-    kept = jnp.arange(sigma.shape[-1]) < rank
-    return jnp.where(kept[:, None] & kept, sigma, 0)
+    kept = jnp.arange(sigma.shape[-1], dtype=jnp.int32) < rank
+    return jnp.where(kept[:, None] & kept[None], sigma, 0)

@@ -259,7 +259,8 @@ def _moved(
         moved = _by(working(x), a, b, how, rank)
     if u.shape == to_u.shape:
         # A leaf on which no check has worked is left alone, to the last bit.
-        moved = jnp.where(jnp.any(u != to_u) | jnp.any(vt != to_vt), moved, kept)
+        changed = jnp.any(u != to_u) | jnp.any(vt != to_vt)
+        moved = jnp.where(changed, moved, kept.astype(moved.dtype))
     return masked(moved, rank)
 
 

@@ -149,7 +149,7 @@ def turn(old: Turned) -> Turned:
         sign = jnp.sign(jnp.take_along_axis(a, at, axis=1))
         sign = jnp.where(sign == 0, 1, sign)
         a, bt = a * sign.conj(), bt * sign.mT
-        diagonal = s[:, :, None] * jnp.eye(s.shape[1], dtype=x.dtype)
+        diagonal = s[:, :, None] * jnp.eye(s.shape[1], dtype=s.dtype)[None]
         return matmul(u, a), diagonal.astype(x.dtype), matmul(bt, vt)
 
     factors = old.u, old.sigma, old.vt

@@ -29,7 +29,7 @@ class WithSigmas:
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = dataclasses.field(repr=False)
 
     def __post_init__(self):
-        components.check_rule(self.rule)
+        object.__setattr__(self, "rule", components.check_rule(self.rule))
 
     def resolve(self, path: str, leaf: Any) -> components.Matricisation | None:
         """Return the cut of the leaf at `path`."""
@@ -75,7 +75,9 @@ def _check_not_both(
         )
 
 
-def with_sigmas(params: Any, rule: components.Rule = components.ByName()) -> WithSigmas:
+def with_sigmas(
+    params: Any, rule: components.RuleOrTree = components.ByName()
+) -> WithSigmas:
     r"""Return a rule for transformations of weights that are, or will be, factorised.
 
     `orthogonalise(rule=low_rank.with_sigmas(params, rule))` takes the polar factor of
@@ -109,6 +111,7 @@ def with_sigmas(params: Any, rule: components.Rule = components.ByName()) -> Wit
     References:
       Tuddenham et al. 2022, arXiv 2202.07052; Coquelin et al. 2024, arXiv 2401.08505.
     """
+    rule = components.check_rule(rule)
     leaves = components.resolve(params, rule)
     shapes = tuple((leaf.path, tuple(leaf.value.shape)) for leaf in leaves if leaf.cut)
     return WithSigmas(rule, shapes)

@@ -69,7 +69,7 @@ class Training:
 
     tx: optax.GradientTransformation
     config: OIALR
-    rule: components.Rule = dataclasses.field(default_factory=components.ByName)
+    rule: components.RuleOrTree = dataclasses.field(default_factory=components.ByName)
     _: dataclasses.KW_ONLY
     order: Order = None
     moments: str = "rotate"
@@ -86,7 +86,7 @@ class Training:
             raise TypeError(
                 f"`tx` must be an optax.GradientTransformation, got {self.tx!r}."
             )
-        components.check_rule(self.rule)
+        object.__setattr__(self, "rule", components.check_rule(self.rule))
         check_moments(self.moments, self.kinds)
         needs = ("keep_first", "keep_last", "layer_step")
         check_order(self.order, {name: getattr(self.config, name) for name in needs})

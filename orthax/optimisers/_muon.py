@@ -6,7 +6,12 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
-from orthax.internal.transforms import check_dtype, check_hyperparameters, masked
+from orthax.internal.transforms import (
+    check_dtype,
+    check_hyperparameters,
+    masked,
+    promoting,
+)
 
 
 def muon(
@@ -19,7 +24,7 @@ def muon(
     rest: optax.GradientTransformation | None = None,
     mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Muon: momentum, then orthogonalisation, for matrices; AdamW for the rest.
@@ -76,16 +81,17 @@ def muon(
         weight_decay=weight_decay,
     )
     _check_rest(rest)
+    rule = components.check_rule(rule)
     matrices = optax.chain(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         transforms.scale_by_shape(scale, rule=rule),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
     if rest is None:
         how = {"mu_dtype": mu_dtype, "weight_decay": 0.0, "nesterov": nesterov}
-        rest = optax.adamw(learning_rate, **how)
+        rest = promoting(optax.adamw(learning_rate, **how))
     return _matrices_and_rest(matrices, rest, rule)
 
 
@@ -101,7 +107,7 @@ def normuon(
     rest: optax.GradientTransformation | None = None,
     mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return NorMuon: Muon with components of equal root mean square.
@@ -150,17 +156,18 @@ def normuon(
         weight_decay=weight_decay,
     )
     _check_rest(rest)
+    rule = components.check_rule(rule)
     matrices = optax.chain(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         transforms.scale_by_component_rms(b2, eps, rule=rule),
         transforms.scale_by_shape(scale, rule=rule),
         optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
     if rest is None:
         how = {"mu_dtype": mu_dtype, "weight_decay": 0.0}
-        rest = optax.adamw(learning_rate, **how)
+        rest = promoting(optax.adamw(learning_rate, **how))
     return _matrices_and_rest(matrices, rest, rule)
 
 
@@ -178,7 +185,7 @@ def _averaged(
     check_dtype(dtype)
     if nesterov:
         return transforms.nesterov_ema(momentum, mu_dtype=dtype)
-    return optax.ema(momentum, accumulator_dtype=dtype)
+    return promoting(optax.ema(momentum, accumulator_dtype=dtype))
 
 
 def _matrices_and_rest(

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
-from orthax.internal.transforms import check_hyperparameters
+from orthax.internal.transforms import check_hyperparameters, promoting
 
 
 def orthogonal_sgd(
@@ -16,7 +16,7 @@ def orthogonal_sgd(
     nesterov: bool = False,
     weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Return Orthogonal-SGDM: orthogonalised gradients, then SGD with momentum.
@@ -67,7 +67,7 @@ def orthogonal_sgd(
         optax.identity()
         if momentum is None
         else optax.trace(decay=momentum, nesterov=nesterov),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
@@ -79,7 +79,7 @@ def orthogonal_adam(
     *,
     weight_decay: float | None = None,
     method: polar.PolarMethod = polar.Auto(),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Orthogonal-Adam: orthogonalised gradients, then Adam.
@@ -125,8 +125,8 @@ def orthogonal_adam(
     return optax.chain(
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         _decayed(weight_decay),
-        optax.scale_by_adam(b1, b2, eps),
-        optax.scale_by_learning_rate(learning_rate),
+        promoting(optax.scale_by_adam(b1, b2, eps)),
+        promoting(optax.scale_by_learning_rate(learning_rate)),
     )
 
 
@@ -138,7 +138,7 @@ def orthogonal_lars(
     weight_decay: float = 1e-6,
     trust_coefficient: float = 1e-3,
     method: polar.PolarMethod = polar.Auto(),
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     """Return Orthogonal-LARS: orthogonalised gradients, then LARS.
@@ -198,8 +198,10 @@ def orthogonal_lars(
         optax.add_decayed_weights(weight_decay, mask=_rank_two),
         optax.masked(ratio, _rank_two),
         optax.trace(decay=momentum),
-        optax.masked(optax.scale_by_learning_rate(learning_rate), _rank_two),
-        optax.masked(optax.scale_by_learning_rate(bias_learning_rate), _rank_below_two),
+        optax.masked(promoting(optax.scale_by_learning_rate(learning_rate)), _rank_two),
+        optax.masked(
+            promoting(optax.scale_by_learning_rate(bias_learning_rate)), _rank_below_two
+        ),
     )
 
 

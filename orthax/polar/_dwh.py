@@ -143,7 +143,7 @@ class DWH(PolarMethod):
         zero = 0 * jnp.isnan(r).any().astype(jnp.int32)
         plans = self._plans(x.dtype)
         steps = _table([[(w.alpha, w.beta, w.c) for w in plan] for plan in plans], r)
-        lengths = jnp.array([*map(len, plans)])
+        lengths = jnp.array([*map(len, plans)], jnp.int32)
 
         # In a loop: the steps written out took half as long again to compile.
         def step(s: _State) -> _State:
@@ -151,7 +151,7 @@ class DWH(PolarMethod):
             tested = self.restart and not known
             return self._step(s, steps[s.plan, s.done], last, axes, tested)
 
-        s = _State(zero + known, zero, r, scale * eye, x)
+        s = _State(zero + int(known), zero, r, scale * eye[None], x)
         s = jax.lax.while_loop(lambda s: s.done < lengths[s.plan], step, s)
         if not self.polish:
             return times(s.q, s.x, axes)
@@ -171,8 +171,8 @@ class DWH(PolarMethod):
         short = s.r.shape[-1]
         long = math.prod(s.x.shape[-2:]) // short  # of this device's part, where split
         eye = jnp.eye(short, dtype=s.r.dtype)
-        w = positive_definite_inverse(eye + c * s.r)
-        step = alpha * eye + beta * w
+        w = positive_definite_inverse(eye[None] + c * s.r)
+        step = (alpha * eye)[None] + beta * w
 
         def multiplied(s: _State) -> jax.Array:
             # The first Q of either plan is a multiple of one.
@@ -189,11 +189,13 @@ class DWH(PolarMethod):
             if not short <= _ROWS < long < _LONG:
                 return s._replace(plan=s.plan + 1)
             r, scale = _normalised(gram(s.x, axes, _ROWS))
-            return s._replace(plan=s.plan + 1, r=r, q=scale * eye + 0 * s.q)
+            return s._replace(plan=s.plan + 1, r=r, q=scale * eye[None] + 0 * s.q)
 
         def apply(s: _State) -> _State:
             x = times(step * s.q[:, :1, :1], s.x, axes)
-            return _State(s.plan, s.done + 1, gram(x, axes, _ROWS), 0 * s.q + eye, x)
+            return _State(
+                s.plan, s.done + 1, gram(x, axes, _ROWS), 0 * s.q + eye[None], x
+            )
 
         def in_gram_space(s: _State) -> _State:
             square = matmul(w, w)
@@ -284,7 +286,7 @@ def _next(
     eye = jnp.eye(r.shape[-1], dtype=r.dtype)
     return (
         alpha**2 * r
-        + (2 * alpha * beta / c) * eye
+        + ((2 * alpha * beta / c) * eye)[None]
         + ((beta - 2 * alpha) * beta / c) * w
         - (beta**2 / c) * square
     )
@@ -341,7 +343,7 @@ def _polished(
     """Return Q P, P a polynomial in R = X X^H: of degree two, after a restart four."""
     eye = jnp.eye(r.shape[-1], dtype=r.dtype)
     square = matmul(r, r)
-    p = row[0] * eye + row[1] * r + row[2] * square
+    p = (row[0] * eye)[None] + row[1] * r + row[2] * square
     if restarted is False:
         return matmul(q, p)
 

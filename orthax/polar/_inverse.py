@@ -81,6 +81,6 @@ def _small_inverse(x: jax.Array) -> jax.Array:
     border[m:, m:] = 2 * np.eye(m)
 
     pad = ((0, 0, 0), (0, m, 0), (0, m, 0))
-    bordered = jax.lax.pad(x, np.zeros((), x.dtype), pad) + border
+    bordered = jax.lax.pad(x, np.zeros((), x.dtype), pad) + border[None]
     u = cholesky(bordered)[:, m:, :m]
     return matmul(u, adjoint(u))

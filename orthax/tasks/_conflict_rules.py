@@ -207,7 +207,9 @@ class CAGrad:
             products = matmul(unit, w)
             norm = jnp.sqrt(jnp.maximum(matmul(w, products), 0))
             down = slope + radius * over(products, norm)
-            tried = jnp.concatenate([w[None], _on_simplex(w - lengths * down)])
+            tried = jnp.concatenate(
+                [w[None], _on_simplex(w[None] - lengths * down[None])]
+            )
             return tried[jnp.argmin(value(tried))]
 
         w = jax.lax.fori_loop(0, self.steps, step, mean)
@@ -221,7 +223,7 @@ def _on_simplex(x: jax.Array) -> jax.Array:
     """
     ordered = -jnp.sort(-x, axis=-1)
     counts = jnp.arange(1, x.shape[-1] + 1, dtype=x.dtype)
-    shifts = (jnp.cumsum(ordered, axis=-1) - 1) / counts
+    shifts = (jnp.cumsum(ordered, axis=-1) - 1) / counts[None]
     last = jnp.sum(ordered > shifts, axis=-1, keepdims=True) - 1
     return jnp.maximum(x - jnp.take_along_axis(shifts, last, axis=-1), 0)
 

@@ -32,7 +32,7 @@ def scale_by_component_rms(
     b2: float = 0.95,
     eps: float = 1e-8,
     *,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divide every component by its running root mean square, and keep the norm.
 
@@ -75,7 +75,7 @@ def scale_by_component_rms(
       square of 0.2; here that is `scale_by_shape(RMSMatch(0.2))` behind it, the same
       for updates of full rank.
     """
-    components.check_rule(rule)
+    rule = components.check_rule(rule)
 
     def init(params: optax.Params) -> ScaleByComponentRMSState:
         nu = [
@@ -138,8 +138,9 @@ def _divided(
     work = working(x)
     entries = work.real**2 + work.imag**2
     square = jnp.mean(entries, axis=rows, keepdims=True)
-    v = (b2 * v + (1 - b2) * square).astype(v.dtype)
-    out = work / (jnp.sqrt(v) + eps)
+    mean = (b2 * v).astype(square.dtype) + (1 - b2) * square
+    v = mean.astype(v.dtype)
+    out = work / (jnp.sqrt(v) + eps).astype(square.dtype)
     before = jnp.sum(entries, axis=rows + columns, keepdims=True)
     after = jnp.sum(out.real**2 + out.imag**2, axis=rows + columns, keepdims=True)
     ratio = jnp.sqrt(before / jnp.where(after > 0, after, 1))

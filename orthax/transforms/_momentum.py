@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from orthax.transforms._hyperparameters import check_dtype
+from orthax.transforms._promotion import promotion
 
 
 class NesterovEMAState(NamedTuple):
@@ -63,14 +64,15 @@ def nesterov_ema(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        count = optax.safe_increment(state.count)
-        ema = optax.tree.update_moment(updates, state.ema, decay, 1)
-        ahead = optax.tree.bias_correction(ema, decay, optax.safe_increment(count))
-        now = optax.tree.bias_correction(updates, decay, count)
-        looked_up = jax.tree.map(
-            lambda m, g: (decay * m + (1 - decay) * g).astype(g.dtype), ahead, now
-        )
-        ema = jax.tree.map(lambda new, old: new.astype(old.dtype), ema, state.ema)
+        with promotion():
+            count = optax.safe_increment(state.count)
+            ema = optax.tree.update_moment(updates, state.ema, decay, 1)
+            ahead = optax.tree.bias_correction(ema, decay, optax.safe_increment(count))
+            now = optax.tree.bias_correction(updates, decay, count)
+            looked_up = jax.tree.map(
+                lambda m, g: (decay * m + (1 - decay) * g).astype(g.dtype), ahead, now
+            )
+            ema = jax.tree.map(lambda new, old: new.astype(old.dtype), ema, state.ema)
         return looked_up, NesterovEMAState(count, ema)
 
     return optax.GradientTransformationExtraArgs(init, update)

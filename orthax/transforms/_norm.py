@@ -60,7 +60,7 @@ def restore_norm(
     inner: optax.GradientTransformation,
     norm: OriginalNorm | NuclearNorm = OriginalNorm(),
     *,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap a transformation, and give its update a size taken from its input.
 
@@ -93,7 +93,7 @@ def restore_norm(
       >>> updates["kernel"].round(4).tolist()  # both singular values alike, norm 5
       [[3.5355, 0.0], [0.0, 3.5355]]
     """
-    components.check_rule(rule)
+    rule = components.check_rule(rule)
     if not isinstance(inner, optax.GradientTransformation):
         advice = " Call it: what it returns is wanted." if callable(inner) else ""
         raise TypeError(
@@ -109,7 +109,7 @@ def restore_norm(
     def restored(rows: Axes, columns: Axes, x: jax.Array, y: jax.Array) -> jax.Array:
         work = working_dtype(y.dtype)
         factor = norm.factor(x.astype(work), y.astype(work), rows + columns)
-        return (factor * y).astype(y.dtype)
+        return (factor * y.astype(work)).astype(y.dtype)
 
     def init(params):
         components.resolve(params, rule)

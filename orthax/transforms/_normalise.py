@@ -10,7 +10,7 @@ from orthax.transforms._stateless import stateless
 
 
 def normalise(
-    *, rule: components.Rule = components.ByName(), safe: bool = True
+    *, rule: components.RuleOrTree = components.ByName(), safe: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Divide every gradient matrix by its Frobenius norm (N-SGD, "per tensor").
 
@@ -47,7 +47,7 @@ def normalise(
 
 
 def normalise_components(
-    *, rule: components.Rule = components.ByName(), safe: bool = True
+    *, rule: components.RuleOrTree = components.ByName(), safe: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Divide the gradient of every component by its Euclidean norm (CN-SGD).
 
@@ -89,7 +89,7 @@ def normalise_components(
 def _divided(
     rule: components.Rule, safe: bool, *, each_component: bool
 ) -> optax.GradientTransformationExtraArgs:
-    components.check_rule(rule)
+    rule = components.check_rule(rule)
 
     def divide(
         rows: tuple[int, ...], columns: tuple[int, ...], x: jax.Array

@@ -141,7 +141,7 @@ class ConvSpectral:
 
 
 def scale_by_shape(
-    scale: ShapeRule = Width(), *, rule: components.Rule = components.ByName()
+    scale: ShapeRule = Width(), *, rule: components.RuleOrTree = components.ByName()
 ) -> optax.GradientTransformationExtraArgs:
     """Scale every matrix by a factor of its fan-in and fan-out.
 
@@ -177,7 +177,7 @@ def scale_by_shape(
     References:
       See each rule.
     """
-    components.check_rule(rule)
+    rule = components.check_rule(rule)
     if isinstance(scale, type) or not isinstance(scale, ShapeRule):
         advice = ""
         if isinstance(scale, type):

@@ -440,7 +440,6 @@ NUMBERS = [
     ({"layer_step": -0.1}, ValueError, "`layer_step`"),
     ({"rank_multiple": 0}, ValueError, "`rank_multiple`"),
     ({"rank_multiple": True}, TypeError, "`rank_multiple`"),
-    ({"keep_first": 1}, TypeError, "`keep_first` must be a bool"),
 ]
 
 

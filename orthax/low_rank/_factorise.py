@@ -243,7 +243,6 @@ def value_and_grad(
     differentiated = jax.value_and_grad(dense_loss, has_aux=has_aux)
 
     def of_state(state: LowRankState, *args: Any) -> tuple[Any, Any]:
-        check_state(state)
         return differentiated(state.trainable, state.frozen, *args)
 
     return of_state

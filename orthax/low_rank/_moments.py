@@ -137,19 +137,12 @@ def check_moments(moments: str, kinds: Mapping[str, str] | None) -> dict[str, st
 
 
 class _Change(NamedTuple):
-    """One weight that was factorised or refactored.
+    """One weight that was factorised or refactored."""
 
-    Attributes:
-      shape: of the weight, or its Sigma, before.
-      old: its bases before; None for a dense weight.
-      new: its bases after.
-      sigma: its Sigma after.
-    """
-
-    shape: tuple[int, ...]
-    old: Bases | None
+    shape: tuple[int, ...]  # of the dense weight, or its Sigma, before
+    old: Bases | None  # None for a dense weight
     new: Bases
-    sigma: Any
+    sigma: Any  # after
 
 
 def _changes(old: LowRankState, new: LowRankState) -> dict[str, _Change]:
@@ -161,13 +154,18 @@ def _changes(old: LowRankState, new: LowRankState) -> dict[str, _Change]:
             "before, then the state after."
         )
     before, after = map(jax.tree.leaves, (old.trainable, new.trainable))
+    if len(before) != len(after):
+        raise ValueError(
+            f"`old` has {len(before)} leaves, `new` has {len(after)}: pass states of "
+            "the same parameters."
+        )
     changes = {}
     for path, bases in new.frozen.items():
         bases_before = old.frozen.get(path)
         if bases_before is bases:  # No check has worked on it.
             continue
         shape = jnp.shape(before[bases.index])
-        if bases_before is None and (len(after) != len(before) or shape != bases.shape):
+        if bases_before is None and shape != bases.shape:
             raise ValueError(
                 f"'{path}' has shape {bases.shape} in `new`, {shape} in `old`: "
                 "pass states of the same parameters."
@@ -185,25 +183,13 @@ def _field(path: str, owner: str) -> str | None:
 def _converted(x: Any, change: _Change, kind: str | None, moments: str) -> jax.Array:
     """Return a leaf that mirrors a weight in the coordinates of its new Sigma."""
     old, new, sigma = change.old, change.new, change.sigma
-    how = _how(kind, moments, was_dense=old is None)
-    if how == "zero":
+    if kind == "gradient" or (kind is not None and moments == "rotate"):
+        before = () if old is None else (old.u, old.vt)
+        power = 2 if kind == "second" else 1
+        return _rotated(x, before, (new.u, new.vt), sigma, new.cut, power)
+    if old is None or (kind == "first" and moments == "zero"):
         return jnp.zeros_like(sigma, dtype=x.dtype)
-    if how == "slice":
-        return x[..., : new.rank, : new.rank]
-    power = 2 if how == "rotate squares" else 1
-    before = () if old is None else (old.u, old.vt)
-    return _rotated(x, before, (new.u, new.vt), sigma, new.cut, power)
-
-
-def _how(kind: str | None, moments: str, *, was_dense: bool) -> str:
-    """Return how a field is converted: zero, slice, rotate or rotate squares."""
-    if kind == "gradient" or (kind == "first" and moments == "rotate"):
-        return "rotate"
-    if kind == "second" and moments == "rotate":
-        return "rotate squares"
-    if was_dense or (kind == "first" and moments == "zero"):
-        return "zero"
-    return "slice"
+    return x[..., : new.rank, : new.rank]
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))

@@ -85,11 +85,6 @@ class OIALR:
             if not (above and below):
                 ends = f"{'(['[with_low]}{low}, {high}{')]'[with_high]}"
                 raise ValueError(f"`{name}` must be in {ends}, got {value}.")
-        for name in ("keep_first", "keep_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(
-                    f"`{name}` must be a bool, got {getattr(self, name)!r}."
-                )
 
     def check_at(self, step: int, every: int = 1) -> int | None:
         """Return the number of the check that is due at a step, None without one.

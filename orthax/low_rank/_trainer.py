@@ -21,8 +21,8 @@ from orthax.low_rank._state import LowRankState, TrainingState
 class Trainer:
     """Training with OIALR around any optimiser and any loss.
 
-    The loop is yours, and so is its step count: `check` before a step, or before an
-    epoch of steps, and `update` inside `jit` or `jax.lax.scan`.
+    The loop is yours, and so is its step count: call `check` before a step, or before
+    an epoch of steps, and `update` inside `jit` or `jax.lax.scan`.
 
     Attributes:
       tx: the optimiser. It sees dense parameters before the conversion and Sigmas
@@ -80,10 +80,6 @@ class Trainer:
         if not isinstance(self.config, OIALR):
             raise TypeError(
                 f"`config` must be a low_rank.OIALR(...), got {self.config!r}."
-            )
-        if not hasattr(self.tx, "init") or not hasattr(self.tx, "update"):
-            raise TypeError(
-                f"`tx` must be an optax.GradientTransformation, got {self.tx!r}."
             )
         components.check_rule(self.rule)
         check_moments(self.moments, self.kinds)
@@ -145,13 +141,14 @@ class Trainer:
         Raises:
           ValueError: if a weight holds NaN or infinity, with its path.
         """
-        number = self.config.check_at(int(step), every)
         weights, opt_state = state
-        if not weights.frozen and step >= self.config.delay:  # However late.
-            number = self.config.check_at(int(step), every=int(step) + 1)
-            weights, opt_state = self._converted(weights, opt_state)
+        # The conversion is done however late it is.
+        every = every if weights.frozen else step + 1
+        number = self.config.check_at(step, every)
         if number is None:
             return state
+        if not weights.frozen:
+            weights, opt_state = self._converted(weights, opt_state)
         new = refactor(weights, self.config, check=number)
         return TrainingState(new, self._carried(opt_state, weights, new))
 

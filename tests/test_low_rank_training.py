@@ -731,4 +731,7 @@ def test_sharded_weights(kind):
         *map(jax.tree.leaves, (bases, target.weights.frozen)), strict=True
     ):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim)
+    adam = target.opt_state[0]
+    assert adam.mu["experts"].sharding.spec[0] in ("data", ("data",))
+    assert adam.count.sharding == jax.NamedSharding(mesh, P())
     assert jax.tree.structure(target) == jax.tree.structure(state)

@@ -5,6 +5,9 @@ not factorised, `LowRankState.trainable`; the model sees dense weights, `materia
 `Trainer` does this on a schedule; the other functions are its parts.
 
 Shapes: `b` matrices in a leaf, `m` rows, `n` columns, `r` the rank.
+
+Reference: Coquelin et al., "Harnessing Orthogonality to Train Low-Rank Neural
+Networks", 2024, arXiv 2401.08505, and the authors' code, "the paper's code" below.
 """
 
 from orthax.low_rank._factorise import (

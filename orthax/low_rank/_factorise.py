@@ -1,6 +1,5 @@
 """Weights into factors, and back."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +86,8 @@ def factorise(
       [0.0, 3.0, 2.0]
 
     References:
-      Coquelin et al. 2024, arXiv 2401.08505. Eckart, Young: "The approximation of one
-      matrix by another of lower rank", Psychometrika 1, 1936.
+      Eckart, Young: "The approximation of one matrix by another of lower rank",
+      Psychometrika 1, 1936.
     """
     resolved = components.resolve(params, rule)
     layers = eligible(
@@ -112,12 +111,13 @@ def factorise(
         leaf = resolved[i]
         ((_, m, n),) = leaf.cut.matrices(leaf.value.shape)
         rank = checked_rank(ranks, leaf.path, min(m, n))
-        leaves[i], bases = _factorised(leaf, rank, i)
-        frozen[leaf.path] = dataclasses.replace(bases, layer=layer)
+        leaves[i], frozen[leaf.path] = _factorised(leaf, rank, i, layer)
     return LowRankState(jax.tree.unflatten(structure, leaves), frozen)
 
 
-def _factorised(leaf: components.Leaf, rank: int, index: int) -> tuple[Any, Bases]:
+def _factorised(
+    leaf: components.Leaf, rank: int, index: int, layer: int | None
+) -> tuple[Any, Bases]:
     """Return Sigma and the bases of one leaf."""
     x, cut, shape = leaf.value, leaf.cut, tuple(leaf.value.shape)
     sharding = sharding_of(x)
@@ -132,8 +132,8 @@ def _factorised(leaf: components.Leaf, rank: int, index: int) -> tuple[Any, Base
         pairs = zip(factors, specs, strict=True)
         factors = [placed(factor, sharding.mesh, spec) for factor, spec in pairs]
     u, sigma, vt = factors
-    spec = explicit_spec(sharding, len(shape))
-    return sigma, Bases(u, vt, cut, shape, spec, index, layer=None)
+    bases = Bases(u, vt, cut, shape, explicit_spec(sharding), index, layer)
+    return sigma, bases
 
 
 # Compiled once for each shape: called eagerly, a decomposition is compiled every time.
@@ -179,10 +179,6 @@ def materialise(state: LowRankState, trainable: Any = None) -> Any:
       ...     return jnp.sum(low_rank.materialise(state, trainable)["kernel"] ** 2)
       >>> jax.grad(loss)(state.trainable)["kernel"].diagonal().tolist()
       [4.0, 4.0]
-
-    References:
-      Coquelin et al. 2024, arXiv 2401.08505, and the authors' code, which multiplies
-      the factors in every step, too.
     """
     check_state(state)
     trainable = state.trainable if trainable is None else trainable

@@ -94,9 +94,6 @@ def convert_opt_state(
       >>> converted = low_rank.convert_opt_state(opt_state, params, state)
       >>> converted[0].trace["kernel"].tolist(), converted[0].trace["bias"].tolist()
       ([[7.0]], [1.0, 1.0])
-
-    References:
-      Coquelin et al. 2024, arXiv 2401.08505, and the authors' code ("slice").
     """
     if not isinstance(new, LowRankState):
         raise TypeError(f"`new` must be a LowRankState, got {type(new).__name__}.")
@@ -206,7 +203,7 @@ def _rotated(
     Sharded like `sigma`; without `old` bases X is dense.
     """
 
-    def rotated(x: jax.Array, u: jax.Array, vt: jax.Array, *old: jax.Array):
+    def rotated(x: jax.Array, u: Any, vt: Any, *old: jax.Array) -> jax.Array:
         a, b = u, adjoint(vt)
         if old:
             stack = working(x).reshape(-1, *x.shape[-2:])

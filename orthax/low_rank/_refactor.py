@@ -38,7 +38,8 @@ def refactor(state: LowRankState, config: OIALR, *, check: int = 0) -> LowRankSt
     Limits:
       The signs of singular vectors are chosen to stay close to the axes that they come
       from. The matrices of a leaf share the largest rank that one of them needs. A
-      Sigma of zeros keeps its rank.
+      Sigma of zeros keeps its rank. Half of an odd rank is rounded up, so as never to
+      drop more than half; the paper's code rounds down.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,10 +48,6 @@ def refactor(state: LowRankState, config: OIALR, *, check: int = 0) -> LowRankSt
       >>> config = low_rank.OIALR(delay=0, frequency=1, beta=0.5)
       >>> low_rank.ranks(low_rank.refactor(state, config))
       {'kernel': 2}
-
-    References:
-      Coquelin et al. 2024, arXiv 2401.08505, and the authors' code, which rounds half
-      of an odd rank down where this rounds it up, so as never to drop more than half.
     """
     check_state(state)
     if not isinstance(config, OIALR):

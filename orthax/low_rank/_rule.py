@@ -43,9 +43,6 @@ def with_sigmas(
       >>> updates, _ = tx.update(grads, tx.init(params))
       >>> updates["conv"]["kernel"].diagonal().round(3).tolist()
       [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
-
-    References:
-      Tuddenham et al. 2022, arXiv 2202.07052; Coquelin et al. 2024, arXiv 2401.08505.
     """
     leaves = components.resolve(params, rule)
     shapes = tuple((leaf.path, tuple(leaf.value.shape)) for leaf in leaves if leaf.cut)

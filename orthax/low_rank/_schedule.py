@@ -57,8 +57,7 @@ class OIALR:
       0.15
 
     References:
-      Coquelin et al.: "Harnessing Orthogonality to Train Low-Rank Neural Networks",
-      2024, arXiv 2401.08505, and the authors' code.
+      Coquelin et al. 2024, arXiv 2401.08505.
     """
 
     delay: int

@@ -14,24 +14,23 @@ P = jax.sharding.PartitionSpec
 
 
 def sharding_of(x: Any) -> jax.NamedSharding | None:
-    """Return the sharding of an array; None for a tracer or without a mesh."""
-    if isinstance(x, jax.core.Tracer):
+    """Return the sharding of an array, with a spec that has an entry for every axis.
+
+    None for a tracer or without a mesh.
+    """
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    if not isinstance(sharding, jax.NamedSharding):
         return None
-    sharding = getattr(x, "sharding", None)
-    return sharding if isinstance(sharding, jax.NamedSharding) else None
+    spec = P(*sharding.spec, *(None,) * (len(x.shape) - len(sharding.spec)))
+    return jax.NamedSharding(sharding.mesh, spec)
 
 
-def padded_spec(sharding: jax.NamedSharding, ndim: int) -> P:
-    """Return the spec of a sharding with one entry for each of `ndim` axes."""
-    return P(*sharding.spec, *(None,) * (ndim - len(sharding.spec)))
-
-
-def explicit_spec(sharding: jax.NamedSharding | None, ndim: int) -> P | None:
+def explicit_spec(sharding: jax.NamedSharding | None) -> P | None:
     """Return the spec on a mesh with explicit axes; None where XLA decides."""
     if sharding is None:
         return None
     explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-    return padded_spec(sharding, ndim) if explicit else None
+    return sharding.spec if explicit else None
 
 
 def factor_specs(
@@ -44,7 +43,7 @@ def factor_specs(
     """
     used = cut.rows + cut.columns
     batch = tuple(axis for axis in range(len(shape)) if axis not in used)
-    spec = padded_spec(sharding, len(shape))
+    spec = sharding.spec
 
     def names(axes: tuple[int, ...], size: int) -> tuple[str, ...] | None:
         entries = [spec[axis] for axis in axes if spec[axis]]

@@ -63,9 +63,6 @@ class Trainer:
       ({'kernel': 2}, (2, 2))
       >>> low_rank.materialise(state.weights)["kernel"].shape
       (4, 4)
-
-    References:
-      Coquelin et al. 2024, arXiv 2401.08505, and the authors' code.
     """
 
     tx: optax.GradientTransformation

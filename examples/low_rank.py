@@ -3,16 +3,17 @@
 The arms, the choice of the learning rate and the program. The settings are in
 `examples/experiments/low_rank/settings.py`; what a run is, and its steps, in
 `examples/experiments/low_rank/training.py`, the loops over epochs and runs in
-`examples/experiments/low_rank/runs.py`, and what becomes of finished runs in
+`examples/experiments/low_rank/runs.py`, tables and figures of finished runs in
 `examples/experiments/low_rank/report.py` and `examples/experiments/low_rank/page.py`.
 
 Every network is trained at full rank and with OIALR (Coquelin et al. 2024,
 https://arxiv.org/abs/2401.08505) at several thresholds, each at its own learning rate,
-the best of one grid by the validation images; and beside them, at the ranks that OIALR
-ends with, the trained network cut at its end and one of that rank from the start; then
-OIALR with delay, threshold and rate tuned together, and with the orthogonal step. A
-finished run is a row of `examples/results/low_rank.csv` and is not run again. The test
-images are looked at once, after the last epoch of a run whose settings were settled.
+the best of one grid on the validation images. Controls have the ranks that OIALR ends
+with: the trained network truncated at its end, and one of that rank from the start.
+Then come OIALR with delay, threshold and learning rate tuned together, and with the
+orthogonal step. A finished run is a row of `examples/results/low_rank.csv` and is not
+run again. The test images are used once, after the last epoch of a run whose settings
+are final.
 """
 
 import dataclasses
@@ -53,26 +54,26 @@ class Study:
 
     def rows(self, runs: Sequence[Run], test: bool) -> list[Row]:
         """Return the rows of runs, trained if they are missing."""
-        found = train_runs(runs, self.results, self.data, test=test, limits=self.limits)
-        if not all(found):
+        rows = train_runs(runs, self.results, self.data, test=test, limits=self.limits)
+        if not all(rows):
             raise OutOfTime
-        return found
+        return rows
 
     def runs(self, recipe: Recipe, arm: Arm, rate: float, chosen: str) -> list[Run]:
         """Return the runs of an arm at a rate, for every seed."""
         config = self.config
-        given = recipe, config.epochs, rate, config.schedule, chosen
+        shared = recipe, config.epochs, rate, config.schedule, chosen
         seeds = seeds_of(chosen, config.seeds, config.tuning_seeds)
-        return [Run(*given, seed, arm) for seed in seeds]
+        return [Run(*shared, seed, arm) for seed in seeds]
 
     def tuned(
         self, recipe: Recipe, arms: Sequence[Arm], chosen: str = "tuned"
     ) -> list[Row]:
         """Return the rows of the best of some arms at its best rate.
 
-        None if all diverged. Best is the highest accuracy on the validation images
-        after the last epoch, mean of seeds; the lower loss decides between equals. The
-        test images are not looked at before that.
+        Empty if all diverged. Best is the highest accuracy on the validation images
+        after the last epoch, mean of seeds; ties go to the lower loss. The test images
+        are not used before that.
         """
         orthogonal = recipe.optimiser == "orthogonal_sgd"
         grid = self.config.orthogonal_grid if orthogonal else self.config.grid
@@ -82,8 +83,8 @@ class Study:
         by_key = {tuple(self._key(row)): row for row in rows}
         merits = {}
         for plan, runs in tried.items():
-            found = [by_key[tuple(self._key(run.key()))] for run in runs]
-            merits[plan] = gather(found)[0].merit()
+            results = [by_key[tuple(self._key(run.key()))] for run in runs]
+            merits[plan] = gather(results)[0].merit()
         best = max(plans, key=merits.__getitem__)
         if math.isinf(merits[best][0]):
             print("no rate of the grid is usable: all diverged; try smaller ones")
@@ -94,14 +95,14 @@ class Study:
         return (row[name] for name in self.results.key)
 
     def truncated(self, recipe: Recipe, full: Sequence[Row], of: Sequence[Row]) -> None:
-        """Cut trained networks to the ranks that OIALR ended with, seed by seed."""
+        """Truncate trained networks to the last ranks of OIALR, seed by seed."""
         runs = []
         for row, low in zip(full, of, strict=True):
             if "diverged" not in (row["status"], low["status"]):
                 arm = _like("truncated", low, _ranks([low]))
                 rate, seed = float(row["learning_rate"]), int(row["seed"])
-                given = recipe, self.config.epochs, rate, self.config.schedule
-                runs.append(Run(*given, "tuned", seed, arm))
+                shared = recipe, self.config.epochs, rate, self.config.schedule
+                runs.append(Run(*shared, "tuned", seed, arm))
         self.rows(runs, test=True)
 
     def all_of(self, model: Model) -> None:
@@ -111,13 +112,15 @@ class Study:
         full, low = self.tuned(recipe, [Arm()]), {}
         for beta in config.betas:
             low[beta] = self.tuned(recipe, [Arm("oialr", beta, config.delay)])
-        for found in low.values():
-            whole = tuple(layers_of(recipe).values())
-            if full and found and _ranks(found) != whole:
+        for rows in low.values():
+            if not full or not rows:
+                continue
+            ranks = _ranks(rows)
+            if ranks != tuple(layers_of(recipe).values()):
                 if "truncated" in parts:
-                    self.truncated(recipe, full, found)
+                    self.truncated(recipe, full, rows)
                 if "fixed" in parts:
-                    self.tuned(recipe, [_like("fixed", found[0], _ranks(found))])
+                    self.tuned(recipe, [_like("fixed", rows[0], ranks)])
         if "joint" in parts:
             betas = [x for x in config.betas if x > NO_CUT]
             arms = [Arm("oialr", x, delay) for delay in config.delays for x in betas]
@@ -143,7 +146,7 @@ def _like(kind: str, row: Row, ranks: tuple[int, ...]) -> Arm:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do as the command line says, and write tables and figures of all rows."""
+    """Run the command line, and write tables and figures of all rows."""
     config = tyro.extras.subcommand_cli_from_dict(
         {"digits": Digits, "cifar10": Cifar10},
         prog="python -m examples.low_rank",
@@ -165,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = False
     print(f"written: {write(config.results, results.rows())}")
     if not done:
-        print(f"out of time; started again, it goes on: {results.path}")
+        print(f"out of time; start again to resume: {results.path}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""Weights into factors and back, the rank rule, refactoring, moments."""
+"""Weights into factors and back, the rank rule, refactoring."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from orthax import components, diagnostics, low_rank
@@ -44,44 +43,39 @@ def trees_close(a, b, tol=1e-6):
 
 # --- Factorise and materialise ------------------------------------------------------
 
-# Rule, shape of the leaf, shapes of its Sigmas.
+# Rule, path and shape of the leaf, shape of its Sigma.
 LEAVES = {
-    "dense": (components.ByName(), "dense/kernel", (12, 8), [(8, 8)]),
-    "wide": (components.ByName(), "dense/kernel", (5, 9), [(5, 5)]),
-    "conv": (components.ByName(), "conv/kernel", (3, 3, 2, 6), [(6, 6)]),
-    "query": (components.ByName(), "query/kernel", (8, 2, 3), [(6, 6)]),
-    "out": (components.ByName(), "out/kernel", (2, 3, 8), [(6, 6)]),
+    "dense": (components.ByName(), "dense/kernel", (12, 8), (8, 8)),
+    "wide": (components.ByName(), "dense/kernel", (5, 9), (5, 5)),
+    "conv": (components.ByName(), "conv/kernel", (3, 3, 2, 6), (6, 6)),
+    "query": (components.ByName(), "query/kernel", (8, 2, 3), (6, 6)),
+    "out": (components.ByName(), "out/kernel", (2, 3, 8), (6, 6)),
     "per_head": (
         components.ByName(attention="per_head"),
         "query/kernel",
         (8, 2, 3),
-        [(2, 3, 3)],
+        (2, 3, 3),
     ),
     "fused qkv": (
         components.ByPath([("qkv", Matricisation((0,), (1,), blocks=3))]),
         "qkv/kernel",
         (4, 12),
-        [(3, 4, 4)],
-    ),
-    "fused, of unequal sizes": (
-        components.ByPath([("qkv", Matricisation((0,), (1,), blocks=(6, 3, 3)))]),
-        "qkv/kernel",
-        (4, 12),
-        [(4, 4), (3, 3), (3, 3)],
+        (3, 4, 4),
     ),
     "grouped conv": (
         components.ByPath([("conv", Matricisation((0, 1), (2,), groups=2))]),
         "conv/kernel",
         (3, 2, 8),
-        [(2, 4, 4)],
+        (2, 4, 4),
     ),
     "scanned": (
         components.ByName(stacked=("layers",)),
         "layers/kernel",
         (3, 6, 4),
-        [(3, 4, 4)],
+        (3, 4, 4),
     ),
 }
+WHOLE = components.ByPath([("", Matricisation((0,), (1,)))])
 each_leaf = pytest.mark.parametrize("case", LEAVES)
 
 
@@ -93,25 +87,38 @@ def nested(path, x):
 
 @each_leaf
 def test_factorised_and_materialised_is_the_same(case):
-    rule, path, shape, sigmas = LEAVES[case]
+    rule, path, shape, expected = LEAVES[case]
     params = {**nested(path, random(shape)), "bias": random((3,))}
     state = low_rank.factorise(params, rule)
-    leaves = jax.tree.leaves(state.trainable)
-    assert [x.shape for x in leaves if x.ndim > 1] == sigmas
+    (sigma,) = (x for x in jax.tree.leaves(state.trainable) if x.ndim > 1)
+    assert sigma.shape == expected
     trees_close(low_rank.materialise(state), params)
     assert state.trainable["bias"] is params["bias"]
     # The factors are what they are said to be.
-    cut = components.resolve(params, rule)
-    (leaf,) = [leaf for leaf in cut if leaf.cut]
-    bases = state.frozen[path]
-    stacks = [x.reshape(-1, *x.shape[-2:]) for x in leaves if x.ndim > 1]
-    expected = leaf.cut.fold(leaf.value)
-    for u, vt, sigma, stack in zip(bases.u, bases.vt, stacks, expected, strict=True):
-        u, vt, sigma = (np.asarray(x, np.float64) for x in (u, vt, sigma))
-        s = np.linalg.svd(np.asarray(stack, np.float64), compute_uv=False)
-        close(sigma, s[:, :, None] * np.eye(s.shape[1]))
-        close(u.swapaxes(1, 2) @ u, np.broadcast_to(np.eye(s.shape[1]), sigma.shape))
-        close(vt @ vt.swapaxes(1, 2), np.broadcast_to(np.eye(s.shape[1]), sigma.shape))
+    (leaf,) = [leaf for leaf in components.resolve(params, rule) if leaf.cut]
+    bases, (stack,) = state.frozen[path], leaf.cut.fold(leaf.value)
+    sigma = sigma.reshape(-1, *sigma.shape[-2:])
+    u, vt, sigma, stack = (
+        np.asarray(x, np.float64) for x in (bases.u, bases.vt, sigma, stack)
+    )
+    s = np.linalg.svd(stack, compute_uv=False)
+    close(sigma, s[:, :, None] * np.eye(s.shape[1]))
+    close(u.swapaxes(1, 2) @ u, np.broadcast_to(np.eye(s.shape[1]), sigma.shape))
+    close(vt @ vt.swapaxes(1, 2), np.broadcast_to(np.eye(s.shape[1]), sigma.shape))
+
+
+def test_blocks_of_unequal_sizes_stay_dense():
+    rule = components.ByPath([("", Matricisation((0,), (1,), blocks=(6, 3)))])
+    params = {"qkv": random((6, 9)), "out": random((6, 9), 1)}
+    with pytest.raises(ValueError, match=r"'qkv' \(6, 9\).*blocks of unequal sizes"):
+        low_rank.factorise(params, rule)
+    mixed = components.ByPath([("qkv", rule.patterns[0][1]), *WHOLE.patterns])
+    state = low_rank.factorise(params, mixed)
+    assert low_rank.ranks(state) == {"out": 6}
+    assert state.trainable["qkv"] is params["qkv"]
+    assert low_rank.ranks(low_rank.factorise(params, WHOLE)) == {"qkv": 6, "out": 6}
+    with pytest.raises(ValueError, match=r"'qkv' .*blocks \(6, 3\) have unequal"):
+        low_rank.factorise(params, mixed, ranks={"qkv": 2})
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ def test_other_dtypes(dtype, tol):
     state = low_rank.factorise(params)
     assert state.trainable["kernel"].dtype == dtype
     wide = jnp.complex64 if dtype == np.complex64 else jnp.float32
-    assert state.frozen["kernel"].u[0].dtype == wide
+    assert state.frozen["kernel"].u.dtype == wide
     found = low_rank.materialise(state)
     assert found["kernel"].dtype == dtype
     close(found["kernel"], params["kernel"], tol)
@@ -174,14 +181,14 @@ def test_the_gradient_of_sigma_is_that_of_the_weight_in_the_bases():
         return sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), dense, g)))
 
     grads = jax.grad(loss)(state.trainable)
-    (u,), (vt,) = state.frozen["conv/kernel"].u, state.frozen["conv/kernel"].vt
+    u, vt = state.frozen["conv/kernel"].u, state.frozen["conv/kernel"].vt
     flat = np.asarray(g["conv"]["kernel"], np.float64).reshape(18, 6)
     close(grads["conv"]["kernel"], np.asarray(u[0]).T @ flat @ np.asarray(vt[0]).T)
     close(grads["bias"], g["bias"])
     whole = jax.grad(
         lambda s: jnp.sum(low_rank.materialise(s)["conv"]["kernel"]), allow_int=True
     )
-    assert not np.any(whole(state).frozen["conv/kernel"].u[0])
+    assert not np.any(whole(state).frozen["conv/kernel"].u)
 
 
 def test_what_is_eligible():
@@ -233,22 +240,6 @@ def test_layers_come_in_from_the_output(layer_step, expected):
         assert all(low_rank.ranks(new)[path] < 5 for path in worked)
 
 
-def test_layers_come_in_when_the_check_is_traced():
-    state = low_rank.factorise(STACK, order=ORDER)
-    config = low_rank.OIALR(delay=0, frequency=1, beta=0.9, layer_step=0.25)
-    step = jax.jit(
-        lambda state, check: low_rank.refactor_masked(state, config, check=check)
-    )
-    for check in (0, 1):
-        masked = step(state, check)
-        assert low_rank.ranks(masked) == low_rank.ranks(
-            low_rank.refactor(state, config, check=check)
-        )
-        # What was not worked on is the same, to the last bit.
-        same = masked.frozen["stem/kernel"].u[0] == state.frozen["stem/kernel"].u[0]
-        assert bool(jnp.all(same))
-
-
 # --- The rank rule on hand-made spectra ---------------------------------------------
 
 SPECTRA = {
@@ -283,9 +274,6 @@ def test_rank_rule(case):
     assert new.trainable["kernel"].shape == (expected, expected)
     kept = np.diag(np.sort(spectrum)[::-1][:expected])
     close(new.trainable["kernel"], kept, 1e-5)
-    if case in ("below beta", "at most half of five", "multiples above", "zero"):
-        masked = low_rank.refactor_masked(state, config)
-        assert low_rank.ranks(masked) == {"kernel": expected}
 
 
 def test_many_checks_come_down_by_halves():
@@ -326,23 +314,12 @@ def test_fractions():
     )
     dense, trainable = 108 + 160, 2 * 2 + 4 * 3 * 3
     stored = trainable + 2 * (18 + 6) + 4 * 3 * (8 + 5)
-    assert low_rank.trainable_fraction(state) == (trainable + 7) / (dense + 7)
-    assert low_rank.stored_fraction(state) == (stored + 7) / (dense + 7)
-    only = {"factorised_only": True}
-    assert low_rank.trainable_fraction(state, **only) == trainable / dense
-    assert low_rank.stored_fraction(state, **only) == stored / dense
-    # What is masked does not train, but is stored.
-    config = low_rank.OIALR(delay=0, frequency=1, beta=0.99, max_drop=1.0)
-    masked = low_rank.refactor_masked(state, config)
-    r = low_rank.ranks(masked)
-    assert r["conv/kernel"] < 2
-    few = r["conv/kernel"] ** 2 + 4 * r["layers/kernel"] ** 2
-    assert low_rank.trainable_fraction(masked, **only) == few / dense
-    assert low_rank.stored_fraction(masked, **only) == stored / dense
-    bare = low_rank.LowRankState(params, {})
-    assert low_rank.trainable_fraction(bare) == low_rank.stored_fraction(bare) == 1
-    with pytest.raises(ValueError, match="Nothing is factorised yet"):
-        low_rank.stored_fraction(bare, **only)
+    assert low_rank.fractions(state) == {
+        "trainable": (trainable + 7) / (dense + 7),
+        "stored": (stored + 7) / (dense + 7),
+    }
+    unfactorised = low_rank.LowRankState(params, {})
+    assert low_rank.fractions(unfactorised) == {"trainable": 1, "stored": 1}
 
 
 STABILITY = {
@@ -388,24 +365,20 @@ def test_stability_of_random_weights():
 # --- Refactoring --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["conv", "per_head", "fused, of unequal sizes"])
-def test_nothing_cut_nothing_changed(case):
+@pytest.mark.parametrize("case", ["conv", "per_head", "fused qkv"])
+def test_nothing_truncated_nothing_changed(case):
     rule, path, shape, _ = LEAVES[case]
     state = low_rank.factorise(nested(path, random(shape)), rule)
     noise = jax.tree.map(lambda x: x + random(x.shape, 7), state.trainable)
     state = low_rank.LowRankState(noise, state.frozen)
     before = low_rank.materialise(state)
-    for new in (
-        low_rank.refactor(state, QUIET),
-        low_rank.refactor_masked(state, QUIET),
-    ):
-        trees_close(low_rank.materialise(new), before, 3e-6)
-        for sigma in jax.tree.leaves(new.trainable):
-            off = sigma * (1 - jnp.eye(sigma.shape[-1]))
-            assert not np.any(off)  # it has been diagonalised
-        for u in new.frozen[path].u:
-            gram = jnp.einsum("bmr,bms->brs", u, u)
-            close(gram, np.broadcast_to(np.eye(u.shape[-1]), gram.shape), 3e-6)
+    new = low_rank.refactor(state, QUIET)
+    trees_close(low_rank.materialise(new), before, 3e-6)
+    (sigma,) = jax.tree.leaves(new.trainable)
+    assert not np.any(sigma * (1 - jnp.eye(sigma.shape[-1])))  # diagonal
+    u = new.frozen[path].u
+    gram = jnp.einsum("bmr,bms->brs", u, u)
+    close(gram, np.broadcast_to(np.eye(u.shape[-1]), gram.shape), 3e-6)
 
 
 def test_the_axes_keep_their_sense():
@@ -413,38 +386,9 @@ def test_the_axes_keep_their_sense():
     moved = {"kernel": state.trainable["kernel"] + 0.05 * random((4, 4), 3)}
     new = low_rank.refactor(state._replace(trainable=moved), QUIET)
     for name in ("u", "vt"):
-        before, after = (getattr(s.frozen["kernel"], name)[0][0] for s in (state, new))
+        before, after = (getattr(s.frozen["kernel"], name)[0] for s in (state, new))
         inner = np.diagonal(before.T @ after if name == "u" else before @ after.T)
         assert np.all(inner > 0.9)
-
-
-def test_a_mask_is_sliced_off_by_the_host():
-    state = low_rank.factorise({"kernel": with_spectrum([9, 8, 1e-2, 1e-3], 6)})
-    config = low_rank.OIALR(delay=0, frequency=1)
-    masked = low_rank.refactor_masked(state, config)
-    assert masked.trainable["kernel"].shape == (4, 4)
-    new = low_rank.refactor(masked, config)
-    assert new.trainable["kernel"].shape == (2, 2)
-    trees_close(low_rank.materialise(new), low_rank.materialise(masked))
-
-
-def test_momentum_does_not_move_what_was_cut():
-    tx = optax.sgd(0.1, momentum=0.9)
-    state = low_rank.factorise({"kernel": with_spectrum([9, 8, 1e-2, 1e-3], 6)})
-    grads = {"kernel": jnp.ones((4, 4))}
-    _, opt_state = tx.update(grads, tx.init(state.trainable))
-    new = low_rank.refactor_masked(state, low_rank.OIALR(delay=0, frequency=1))
-    # Moments that nobody has converted, and a gradient that is masked.
-    masked = jax.tree.map(lambda x: x.at[2:].set(0).at[:, 2:].set(0), grads)
-    updates, _ = tx.update(masked, opt_state, new.trainable)
-    found = low_rank.mask_updates(updates, new)["kernel"]
-    assert np.all(updates["kernel"])
-    close(found, np.pad(np.full((2, 2), -0.19), (0, 2)))
-    # Added all the same, it is taken for nothing, and by the next check, too.
-    loose = new._replace(trainable=optax.apply_updates(new.trainable, updates))
-    tight = new._replace(trainable={"kernel": new.trainable["kernel"] + found})
-    for state in (loose, low_rank.refactor(loose, QUIET)):
-        trees_close(low_rank.materialise(state), low_rank.materialise(tight), 3e-6)
 
 
 def test_nan_in_one_leaf_is_refused_with_its_path():
@@ -456,79 +400,3 @@ def test_nan_in_one_leaf_is_refused_with_its_path():
     state = state._replace(trainable=bad)
     with pytest.raises(ValueError, match=r"Sigma holds NaN or infinity.*: b/kernel"):
         low_rank.refactor(state, QUIET)
-    masked = low_rank.refactor_masked(state, QUIET)
-    assert np.isnan(masked.trainable["b"]["kernel"]).sum() == 1
-    close(masked.frozen["b/kernel"].u[0], state.frozen["b/kernel"].u[0])
-    assert np.all(np.isfinite(masked.trainable["a"]["kernel"]))
-
-
-# --- Masked and sliced training -----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("optimiser", "moments"),
-    [
-        (functools.partial(optax.adam, 0.02), "rotate"),
-        pytest.param(
-            functools.partial(optax.adamw, 0.02, weight_decay=0.1),
-            "slice",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            functools.partial(optax.sgd, 0.05, momentum=0.9),
-            "zero",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_masked_training_is_sliced_training(optimiser, moments):
-    tx = optimiser()
-    target = with_spectrum([3, 2.5, 2, 0.3, 0.2, 0.1, 0.05, 0.01], 12, seed=3)
-    params = {"kernel": random((12, 8), 1), "bias": jnp.zeros(8)}
-    x = random((20, 12), 2)
-    config = low_rank.OIALR(delay=0, frequency=10, beta=0.3, max_drop=0.3)
-
-    def step(state, opt_state):
-        def loss(trainable):
-            dense = low_rank.materialise(state, trainable)
-            return jnp.mean((x @ (dense["kernel"] - target) + dense["bias"]) ** 2)
-
-        grads = jax.grad(loss)(state.trainable)
-        updates, opt_state = tx.update(grads, opt_state, state.trainable)
-        updates = low_rank.mask_updates(updates, state)
-        return (
-            state._replace(trainable=optax.apply_updates(state.trainable, updates)),
-            opt_state,
-        )
-
-    def check(state, opt_state):
-        new = low_rank.refactor_masked(state, config)
-        return new, low_rank.convert_opt_state(opt_state, state, new, moments)
-
-    @jax.jit
-    def masked_run(state, opt_state):
-        def turn(carry, i):
-            carry = jax.lax.cond(i % 10 == 0, lambda c: check(*c), lambda c: c, carry)
-            return step(*carry), None
-
-        return jax.lax.scan(turn, (state, opt_state), jnp.arange(50))[0]
-
-    start = low_rank.factorise(params)
-    masked, _ = masked_run(start, tx.init(start.trainable))
-    sliced, opt_state = start, tx.init(start.trainable)
-    compiled = jax.jit(step)
-    for i in range(50):
-        if i % 10 == 0:
-            old, sliced = sliced, low_rank.refactor(sliced, config)
-            opt_state = low_rank.convert_opt_state(opt_state, old, sliced, moments)
-        sliced, opt_state = compiled(sliced, opt_state)
-    (r,) = low_rank.ranks(sliced).values()
-    assert low_rank.ranks(masked) == {"kernel": r}
-    assert r < 6
-    trees_close(low_rank.materialise(masked), low_rank.materialise(sliced), 2e-5)
-    # Momentum and decay have not moved what was cut, not by the last bit.
-    sigma = np.asarray(masked.trainable["kernel"]).copy()
-    assert sigma.shape == (8, 8)
-    assert np.all(sigma[:r, :r])
-    sigma[:r, :r] = 0
-    assert not np.any(sigma)

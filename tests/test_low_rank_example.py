@@ -242,9 +242,9 @@ def first_step(digits, optimiser, arm, **changes):
     if not optimiser:
         recipe = dataclasses.replace(recipe, optimiser="sgd")
     run = Run(recipe, 1, 0.1, "constant", "grid", 0, arm)
-    state = training.initialise(run, 1)
+    state = training.initialise(run)
     if arm.arm == "oialr":
-        checked = training.driver(recipe, 1.0, arm).check(state.training)
+        checked = training.make_trainer(recipe, 1.0, arm).check(state.training, 0)
         state = state._replace(training=checked)
     batch = jax.tree.map(lambda x: x[:64], digits.train)
     step = functools.partial(training.train_step, recipe=recipe)
@@ -276,8 +276,9 @@ def gradients(params, batch):
 
 def test_a_step_at_full_rank_is_that_of_sgd(digits):
     before, after, batch = first_step(digits, None, Arm())
-    for i, grad in zip((1, 3, 5), gradients(before.trainable, batch), strict=True):
-        old, new = (x.trainable["layers"][i]["kernel"][...] for x in (before, after))
+    before, after = (x.weights.trainable["layers"] for x in (before, after))
+    for i, grad in zip((1, 3, 5), gradients({"layers": before}, batch), strict=True):
+        old, new = (x[i]["kernel"][...] for x in (before, after))
         np.testing.assert_allclose(new, old - 0.1 * grad, rtol=0, atol=1e-6)
 
 
@@ -287,24 +288,26 @@ def test_a_step_of_sigma_is_the_gradient_between_the_bases(digits):
     grads = dict(zip((1, 3), gradients(dense, batch), strict=False))
     for i, grad in grads.items():
         bases = before.weights.frozen[f"layers/{i}/kernel"]
-        u, vt = (np.asarray(x[0][0], np.float64) for x in (bases.u, bases.vt))
-        old, new = (x.trainable["layers"][i]["kernel"] for x in (before, after))
+        u, vt = (np.asarray(x[0], np.float64) for x in (bases.u, bases.vt))
+        trees = (x.weights.trainable["layers"] for x in (before, after))
+        old, new = (x[i]["kernel"] for x in trees)
         old, new = (np.asarray(x[...]) for x in (old, new))
         np.testing.assert_allclose(
             new, old - 0.1 * u.T @ grad @ vt.T, rtol=0, atol=1e-6
         )
-        assert (after.weights.frozen[f"layers/{i}/kernel"].u[0] == bases.u[0]).all()
+        assert (after.weights.frozen[f"layers/{i}/kernel"].u == bases.u).all()
 
 
 def test_the_orthogonal_step_is_orthogonal_inside_the_bases(digits):
     before, after, batch = first_step(digits, "orthogonal", Arm("oialr", 0.3, 0))
     grad = gradients(low_rank.materialise(before.weights), batch)[0]
     bases = before.weights.frozen["layers/1/kernel"]
-    u, vt = (np.asarray(x[0][0], np.float64) for x in (bases.u, bases.vt))
+    u, vt = (np.asarray(x[0], np.float64) for x in (bases.u, bases.vt))
     a, s, bt = np.linalg.svd(u.T @ grad @ vt.T)
     there = s > 1e-3 * s[0]  # a unit that no image excites has no gradient
     assert 10 < there.sum() <= 16
-    old, new = (x.trainable["layers"][1]["kernel"] for x in (before, after))
+    trees = (x.weights.trainable["layers"] for x in (before, after))
+    old, new = (x[1]["kernel"] for x in trees)
     old, new = (np.asarray(x[...], np.float64) for x in (old, new))
     expected = (a * there) @ bt
     np.testing.assert_allclose((old - new) / 0.1, expected, rtol=0, atol=2e-3)
@@ -334,7 +337,10 @@ def test_every_layer_but_the_head_is_factorised(model, count):
     recipe = settings.Cifar10(**sizes, layer_step=0.5).recipe(model)
     layers, matrices = training.layers_of(recipe), training.matrices_of(recipe)
     assert len(layers) == count and set(matrices) - set(layers) == {"head/kernel"}
-    training.driver(recipe, 0.1, Arm("oialr", 0.3, 1))  # its order is one
+    trainer = training.make_trainer(recipe, 0.1, Arm("oialr", 0.3, 1))
+    # Its order fits the network.
+    state = jax.eval_shape(trainer.init, training.shapes(recipe))
+    assert not low_rank.ranks(state)
 
 
 # -------------------------------------------------------------------------- the page

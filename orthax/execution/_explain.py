@@ -20,7 +20,7 @@ _PLANS = {Local: "local", Shared: "stack", Split: "split", Constrained: "compile
 
 def explain(
     params: Any,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     *,
     method: polar.PolarMethod = polar.Auto(),
     stacking: Stacking = Stacking(),
@@ -76,7 +76,7 @@ def explain(
       1 x (72 x 16)  1        1       float32  0.213  0.00439
       one update                               0.213  0.00439
     """
-    method = check_method(method)
+    method, rule = check_method(method), components.check_rule(rule)
     _check_call(params, platform)
     platform = jax.default_backend() if platform is None else platform
     method = method.on(platform)

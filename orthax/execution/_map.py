@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax.components import ByName, Rule, resolve
+from orthax.components import ByName, RuleOrTree, resolve
 from orthax.execution._costs import Factors, Work
 from orthax.execution._execute import execute
 from orthax.execution._mesh import mesh_of
@@ -16,7 +16,7 @@ from orthax.execution._stacking import Stacking
 def map_matrices(
     work: Callable[[jax.Array], jax.Array] | Work | Factors,
     tree: Any,
-    rule: Rule = ByName(),
+    rule: RuleOrTree = ByName(),
     *,
     stacking: Stacking = Stacking(),
 ) -> Any:

@@ -1,19 +1,17 @@
 """Weights into factors, and back."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from orthax import components
 from orthax._linalg import matmul, replicated, thin_svd, working
-from orthax.low_rank._layers import Order, checked_ranks, chosen
-from orthax.low_rank._placement import (
-    P,
-    by_compiler,
+from orthax.low_rank._eligible import Order, Ranks, checked_rank, eligible
+from orthax.low_rank._sharding import (
+    auto_sharded,
     explicit_spec,
     factor_specs,
     not_finite,
@@ -24,9 +22,8 @@ from orthax.low_rank._state import (
     Bases,
     LowRankState,
     check_state,
-    leaf_of,
-    leaves_of,
     sigmas,
+    squeezed,
 )
 
 
@@ -38,43 +35,45 @@ def factorise(
     keep_first: bool = False,
     keep_last: bool = False,
     order: Order = None,
-    ranks: int | Mapping[str, Any] | None = None,
+    ranks: Ranks = None,
 ) -> LowRankState:
     r"""Replace weights by $U \Sigma V^T$, of which $\Sigma$ is to be trained.
 
     Args:
       params: floating or complex arrays in any pytree; or `jax.ShapeDtypeStruct`s, for
-        a state of such.
-      rule: how leaves are cut into matrices; leaves that it leaves alone stay as they
-        are, and train as before.
-      min_aspect: matrices whose short side is not above this fraction of the long side
-        stay as they are, dimensionless.
-      keep_first: whether the leaves of the first layer of `order` stay as they are.
-      keep_last: whether those of the last layer do.
+        a state of these.
+      rule: which axes of a leaf form matrices; all other leaves stay dense and train
+        as before.
+      min_aspect: matrices whose short side is at most this fraction of the long side
+        stay dense; dimensionless.
+      keep_first: whether the first layer of `order` stays dense.
+      keep_last: whether the last layer does.
       order: the layers from the input to the output: patterns, of which the first that
-        is found in the path of a leaf (`re.search`) is its layer. Needed by
-        `keep_first` and `keep_last`, and by `refactor` for progressive layers.
-      ranks: the rank of every matrix, at most its short side, or ranks by path, as
-        `low_rank.ranks` gives them, of exactly the leaves to factorise. Default: full.
+        matches the path of a leaf (`re.search`) is its layer. Needed by `keep_first`
+        and `keep_last`, and by `refactor` with `OIALR.layer_step`.
+      ranks: one rank for all matrices, clipped to their short sides; or ranks by path,
+        as from `low_rank.ranks`, of exactly the leaves to factorise. Default: full.
 
     Returns:
-      The state: bases and Sigma, at first diagonal, singular values descending. All
-      matrices of a leaf (heads, scanned layers, equal blocks) have one rank.
+      The state: bases and Sigma, which is diagonal at first, singular values
+      descending. All matrices of a leaf (heads, scanned layers, equal blocks) share
+      one rank.
 
     Raises:
-      TypeError: if `rule` is no rule, a leaf is no array, or `order` or `ranks` are
-        something else.
+      TypeError: if `rule` is not a rule, a leaf is not an array, or `order` or `ranks`
+        has the wrong type.
       ValueError: if the rule cannot decide a leaf; nothing is left to factorise; a
-        weight holds NaN or infinity (unless traced); `keep_first` or `keep_last` come
-        without an order; the order misses a leaf, or a leaf the order; or ranks do not
+        weight holds NaN or infinity (unless traced); `keep_first` or `keep_last` are
+        given without an order; the order and the leaves do not match; or ranks do not
         fit.
 
     Limits:
-      Exact to rounding at full rank. At a lower rank the best approximation in the
-      Frobenius norm. The decomposition is done, and the bases are kept, in float32 at
-      least, Sigma in the dtype of the weight. Complex weights have a complex Sigma.
-      The bases of a zero weight are arbitrary. Bases of sharded weights are sharded
-      likewise; the decomposition gathers one leaf at a time.
+      Exact to rounding at full rank; at a lower rank the best approximation in the
+      Frobenius norm. Computed in float32 at least, in which the bases stay; Sigma has
+      the dtype of the weight. Complex weights have a complex Sigma. The bases of a zero
+      weight are arbitrary. A leaf with blocks of unequal sizes stays dense: to
+      factorise it as one matrix, give a rule without `blocks`. Bases are sharded like
+      the weight; the decomposition gathers one leaf at a time.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,63 +86,60 @@ def factorise(
       [0.0, 3.0, 2.0]
 
     References:
-      Coquelin et al. 2024, arXiv 2401.08505. Eckart, Young: "The approximation of one
-      matrix by another of lower rank", Psychometrika 1, 1936.
+      Eckart, Young: "The approximation of one matrix by another of lower rank",
+      Psychometrika 1, 1936.
     """
-    found = components.resolve(params, rule)
-    places = chosen(
-        found,
+    resolved = components.resolve(params, rule)
+    layers = eligible(
+        resolved,
         min_aspect=min_aspect,
         keep_first=keep_first,
         keep_last=keep_last,
         order=order,
         ranks=ranks,
     )
-    bad = not_finite({found[i].path: (found[i].value,) for i in places})
+    bad = not_finite({resolved[i].path: resolved[i].value for i in layers})
     if bad:
         raise ValueError(
             f"Weights hold NaN or infinity and were not factorised: {', '.join(bad)}. "
             "Training has diverged; go back to a checkpoint, or lower the learning "
-            "rate. Nothing was changed."
+            "rate."
         )
     leaves, structure = jax.tree.flatten(params)
     frozen = {}
-    for i, layer in places.items():
-        leaf = found[i]
-        sides = tuple(min(m, n) for _, m, n in leaf.cut.matrices(leaf.value.shape))
-        each = checked_ranks(ranks, leaf.path, sides)
-        leaves[i], frozen[leaf.path] = _factorised(leaf, each, i, layer)
+    for i, layer in layers.items():
+        leaf = resolved[i]
+        ((_, m, n),) = leaf.cut.matrices(leaf.value.shape)
+        rank = checked_rank(ranks, leaf.path, min(m, n))
+        leaves[i], frozen[leaf.path] = _factorised(leaf, rank, i, layer)
     return LowRankState(jax.tree.unflatten(structure, leaves), frozen)
 
 
 def _factorised(
-    leaf: components.Leaf, ranks: tuple[int, ...], index: int, layer: int | None
+    leaf: components.Leaf, rank: int, index: int, layer: int | None
 ) -> tuple[Any, Bases]:
     """Return Sigma and the bases of one leaf."""
-    x, shape = leaf.value, tuple(leaf.value.shape)
+    x, cut, shape = leaf.value, leaf.cut, tuple(leaf.value.shape)
     sharding = sharding_of(x)
     if isinstance(x, jax.ShapeDtypeStruct):
-        bare = jax.ShapeDtypeStruct(shape, x.dtype)
-        factors = jax.eval_shape(lambda x: _decomposed(x, leaf.cut, ranks), bare)
+        unsharded = jax.ShapeDtypeStruct(shape, x.dtype)
+        decomposed = functools.partial(_decomposed, cut=cut, rank=rank)
+        factors = jax.eval_shape(decomposed, unsharded)
     else:
-        factors = _decomposed(jnp.asarray(x), leaf.cut, ranks)
+        factors = _decomposed(jnp.asarray(x), cut=cut, rank=rank)
     if sharding is not None:
-        specs = factor_specs(leaf.cut, shape, sharding)
-        factors = [
-            tuple(placed(y, sharding, spec) for y, spec in zip(ys, own, strict=True))
-            for ys, own in zip(factors, specs, strict=True)
-        ]
-    u, sigma, vt = zip(*factors, strict=True)
-    rank = tuple(np.asarray(r, np.int32) for r in ranks)
-    bases = Bases(
-        u, vt, rank, leaf.cut, shape, explicit_spec(sharding, len(shape)), index, layer
-    )
-    return leaf_of(sigma), bases
+        specs = factor_specs(cut, shape, sharding)
+        pairs = zip(factors, specs, strict=True)
+        factors = [placed(factor, sharding.mesh, spec) for factor, spec in pairs]
+    u, sigma, vt = factors
+    bases = Bases(u, vt, cut, shape, explicit_spec(sharding), index, layer)
+    return sigma, bases
 
 
 # Compiled once for each shape: called eagerly, a decomposition is compiled every time.
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("cut", "rank"))
 def _decomposed(
+<<<<<<< HEAD
     x: jax.Array, cut: components.Matricisation, ranks: tuple[int, ...]
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
     """Return U, Sigma and V^T of every stack of a leaf, `(b, m, r)` and so on."""
@@ -153,6 +149,15 @@ def _decomposed(
         sigma = s[:, :r, None] * jnp.eye(r, dtype=s.dtype)[None]
         factors.append((u[:, :, :r], sigma.astype(x.dtype), vt[:, :r]))
     return factors
+=======
+    x: jax.Array, cut: components.Matricisation, rank: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return U, `(b, m, r)`, Sigma as in the trainable tree, and V^T, `(b, r, n)`."""
+    (matrices,) = cut.fold(replicated(working(x)))
+    u, s, vt = thin_svd(matrices)
+    sigma = s[:, :rank, None] * jnp.eye(rank, dtype=x.dtype)
+    return u[:, :, :rank], squeezed(sigma.astype(x.dtype)), vt[:, :rank]
+>>>>>>> helper-low
 
 
 def materialise(state: LowRankState, trainable: Any = None) -> Any:
@@ -163,19 +168,19 @@ def materialise(state: LowRankState, trainable: Any = None) -> Any:
 
     Args:
       state: from `factorise`.
-      trainable: what to take in place of `state.trainable`, for `jax.grad`.
+      trainable: replaces `state.trainable`, for `jax.grad`.
 
     Returns:
-      A tree of the structure, shapes and dtypes that `factorise` was given.
+      A tree of the structure, shapes and dtypes of the factorised parameters.
 
     Raises:
-      TypeError: if `state` is no `LowRankState`.
-      ValueError: if Sigma and bases are not of one rank.
+      TypeError: if `state` is not a `LowRankState`.
+      ValueError: if Sigma does not have the rank of its bases.
 
     Limits:
-      Computed in float32 at least, at full matmul precision. On a mesh of explicit
-      axes the weights lie as those did that were factorised; on other axes the compiler
-      places them, with rows as the rows of U and columns as the columns of V^T.
+      Computed in float32 at least, at full matmul precision. Where mesh axes are
+      explicit, the weights are sharded like those that were factorised; elsewhere XLA
+      decides, from rows like those of U and columns like those of V^T.
 
     Example:
       >>> import jax
@@ -186,51 +191,73 @@ def materialise(state: LowRankState, trainable: Any = None) -> Any:
       ...     return jnp.sum(low_rank.materialise(state, trainable)["kernel"] ** 2)
       >>> jax.grad(loss)(state.trainable)["kernel"].diagonal().tolist()
       [4.0, 4.0]
-
-    References:
-      Coquelin et al. 2024, arXiv 2401.08505, and the authors' code, which multiplies
-      the factors out in every step, too.
     """
     check_state(state)
-    chosen_tree = state.trainable if trainable is None else trainable
-    leaves, structure = leaves_of(chosen_tree)
-    for path, stacks in sigmas(state, chosen_tree).items():
+    trainable = state.trainable if trainable is None else trainable
+    leaves, structure = jax.tree.flatten(trainable)
+    for path, sigma in sigmas(state, trainable).items():
         bases = state.frozen[path]
-        leaves[bases.index] = _dense(bases, stacks)
+        leaves[bases.index] = _dense(bases, sigma)
     return jax.tree.unflatten(structure, leaves)
 
 
-def _dense(bases: Bases, stacks: tuple[jax.Array, ...]) -> jax.Array:
+def _dense(bases: Bases, sigma: jax.Array) -> jax.Array:
     """Return the dense weight of one leaf."""
 
-    def product(*xs: jax.Array) -> jax.Array:
-        each = zip(*(iter(xs),) * 4, strict=True)
-        whole_stacks = [
-            multiplied(u, masked(working(sigma), rank), vt)
-            for u, sigma, vt, rank in each
-        ]
-        return bases.cut.unfold(whole_stacks, bases.shape).astype(stacks[0].dtype)
+    def product(u: jax.Array, sigma: jax.Array, vt: jax.Array) -> jax.Array:
+        wide = working(sigma)
+        # Sigma is multiplied with the smaller factor.
+        if u.shape[1] <= vt.shape[2]:
+            weights = matmul(matmul(u, wide), vt)
+        else:
+            weights = matmul(u, matmul(wide, vt))
+        return bases.cut.unfold([weights], bases.shape).astype(sigma.dtype)
 
-    fixed = (
-        jax.lax.stop_gradient((u, vt)) for u, vt in zip(bases.u, bases.vt, strict=True)
-    )
-    factors = [
-        jnp.asarray(x)
-        for (u, vt), sigma, rank in zip(fixed, stacks, bases.rank, strict=True)
-        for x in (u, sigma, vt, rank)
-    ]
-    return by_compiler(product, bases.spec or P(), *factors)
+    u, vt = jax.lax.stop_gradient((bases.u, bases.vt))
+    return auto_sharded(product, bases.spec, u, sigma, vt)
 
 
-def multiplied(u: jax.Array, sigma: jax.Array, vt: jax.Array) -> jax.Array:
-    """Return the product of the factors of a stack."""
-    # Sigma goes to the shorter of the two factors.
-    if u.shape[1] <= vt.shape[2]:
-        return matmul(matmul(u, sigma), vt)
-    return matmul(u, matmul(sigma, vt))
+def value_and_grad(
+    loss: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """Differentiate a loss of dense parameters with respect to what trains.
 
+    Args:
+      loss: called as `loss(params, *args)` with dense parameters; returns a scalar, or
+        a pair of it and anything else.
+      has_aux: whether `loss` returns a pair.
 
+<<<<<<< HEAD
 def masked(sigma: jax.Array, rank: Any) -> jax.Array:
     """Return Sigmas with zeros beyond the rank in rows and columns."""
     kept = jnp.arange(sigma.shape[-1], dtype=jnp.int32) < rank
     return jnp.where(kept[:, None] & kept[None], sigma, 0)
+=======
+    Returns:
+      A function of a `LowRankState` and `*args`, which returns what `loss` does and the
+      gradient, a tree like `LowRankState.trainable`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import low_rank
+      >>> state = low_rank.factorise({"kernel": 2 * jnp.eye(2)})
+      >>> def loss(params, x):
+      ...     return jnp.sum((x @ params["kernel"]) ** 2)
+      >>> value, grads = low_rank.value_and_grad(loss)(state, jnp.ones((1, 2)))
+      >>> float(value), grads["kernel"].shape
+      (8.0, (2, 2))
+    """
+
+    def dense_loss(trainable: Any, frozen: Any, *args: Any) -> Any:
+        # NNX variables can be written only at the trace level at which they were made:
+        # rebuilt here, those among the arguments (batch statistics) can be.
+        args = jax.tree.map(lambda x: x, args)
+        return loss(materialise(LowRankState(trainable, frozen)), *args)
+
+    differentiated = jax.value_and_grad(dense_loss, has_aux=has_aux)
+
+    def of_state(state: LowRankState, *args: Any) -> tuple[Any, Any]:
+        return differentiated(state.trainable, state.frozen, *args)
+
+    return of_state
+>>>>>>> helper-low

@@ -1,10 +1,9 @@
-"""An optimiser's state carried into the coordinates of Sigma."""
+"""An optimiser's state converted to the coordinates of Sigma."""
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +11,13 @@ import optax
 
 from orthax import components
 from orthax._linalg import adjoint, matmul, working
-from orthax.low_rank._factorise import masked
-from orthax.low_rank._placement import by_compiler
+from orthax.low_rank._sharding import auto_sharded
 from orthax.low_rank._state import (
+    Bases,
     LowRankState,
-    is_sigmas,
-    leaf_of,
-    leaves_of,
     owner_of,
     paths_of,
-    stacks_of,
-    wrapped,
+    squeezed,
 )
 
 MOMENTS = ("zero", "slice", "rotate")
@@ -32,7 +27,7 @@ _KNOWN = {
     **dict.fromkeys(("mu", "trace", "ema", "m", "m1", "m2", "exp_avg"), "first"),
     **dict.fromkeys(("nu", "nu_max", "n", "sum_of_squares", "e_g", "e_x"), "second"),
     **dict.fromkeys(("exp_avg_sq", "grad_sum_sq"), "second"),
-    # Gradients and weights: they turn with the basis, whatever becomes of the moments.
+    # Gradients and weights: they rotate with the basis, whatever `moments` says.
     **dict.fromkeys(("acc_grads", "grad_acc", "avg_grad", "mean_grads"), "gradient"),
     **dict.fromkeys(("previous_gradient", "prev_updates", "updates"), "gradient"),
     **dict.fromkeys(("z", "params", "init_params", "params0", "x0"), "gradient"),
@@ -59,15 +54,15 @@ def convert_opt_state(
     Args:
       opt_state: of any optax transformation, for `old`.
       old: the parameters, or the state before.
-      new: the state after, from `factorise`, `refactor` or `refactor_masked`.
+      new: the state after, from `factorise` or `refactor`.
       moments: `"rotate"`: first moments $A^T M B$; second moments
         $(A \circ A)^T N (B \circ B)$, which are those of the new coordinates if the
         entries of the gradient are uncorrelated (there is no exact rotation).
         `"slice"`: the paper's code: zeros where a weight was dense, then leading rows
-        and columns, as if the basis had not turned. `"zero"`: first moments zero;
+        and columns, as if the basis had not rotated. `"zero"`: first moments zero;
         second moments as in `"slice"`.
-      tx: the optimiser. Where given, leaves that belong to a weight but have another
-        shape (Adafactor's rows and columns) start afresh if their shape must change.
+      tx: the optimiser. If given, leaves that belong to a weight but have another shape
+        (Adafactor's rows and columns) start afresh if their shape must change.
       kinds: what fields of your own optimiser's state hold, by the name of the field:
         `"first"`, `"second"` or `"gradient"`, which is always rotated (accumulated
         gradients, copies of weights). The names of optax's states are known.
@@ -76,16 +71,16 @@ def convert_opt_state(
       A state of equal structure, for `new.trainable`.
 
     Raises:
-      TypeError: if `new` is no `LowRankState`.
+      TypeError: if `new` is not a `LowRankState`.
       ValueError: for an unknown `moments` or kind; if `old` and `new` are of different
         parameters; or if a leaf belongs to a weight, cannot be converted, and `tx` was
         not given.
 
     Limits:
       A field of an unknown name is zero where a weight was dense, and sliced later.
-      Under `"slice"` and `"zero"` Adam's count stays while its moments are zero at
-      first, without the correction of their bias: for some tens of steps it goes up to
-      6 times too far (b1 = 0.9, b2 = 0.999). Works inside `jit` for `refactor_masked`.
+      Under `"slice"` and `"zero"` Adam's step count is kept while its moments restart
+      at zero, so bias correction no longer compensates: updates can be up to 6 times
+      too large for a few dozen steps (b1 = 0.9, b2 = 0.999).
 
     Example:
       >>> import jax.numpy as jnp
@@ -99,26 +94,23 @@ def convert_opt_state(
       >>> converted = low_rank.convert_opt_state(opt_state, params, state)
       >>> converted[0].trace["kernel"].tolist(), converted[0].trace["bias"].tolist()
       ([[7.0]], [1.0, 1.0])
-
-    References:
-      Coquelin et al. 2024, arXiv 2401.08505, and the authors' code ("slice").
     """
     if not isinstance(new, LowRankState):
         raise TypeError(f"`new` must be a LowRankState, got {type(new).__name__}.")
     known = check_moments(moments, kinds)
-    old = wrapped(old)
-    changes, everything = _changes(old, new), set(paths_of(old.trainable))
+    old = old if isinstance(old, LowRankState) else LowRankState(old, {})
+    changes, paths = _changes(old, new), set(paths_of(old.trainable))
     leaves, structure = jax.tree.flatten(opt_state)
     wrong = []
     for i, (path, leaf) in enumerate(zip(paths_of(opt_state), leaves, strict=True)):
-        owner = owner_of(path, everything)
+        owner = owner_of(path, paths)
         if owner not in changes:
             continue
         change, shape = changes[owner], jnp.shape(leaf)
         if shape == change.shape:
-            name = _field(path, owner)
-            leaves[i] = change.apply(leaf, known.get(name), moments)
-        elif owner and math.prod(shape) > 1 and not change.keeps_shape:
+            kind = known.get(_field(path, owner))
+            leaves[i] = _converted(leaf, change, kind, moments)
+        elif owner and math.prod(shape) > 1 and change.sigma.shape != change.shape:
             wrong.append((path, shape))
     converted = jax.tree.unflatten(structure, leaves)
     if wrong and tx is None:
@@ -130,7 +122,7 @@ def convert_opt_state(
 
 
 def check_moments(moments: str, kinds: Mapping[str, str] | None) -> dict[str, str]:
-    """Return what every known field holds, or raise at what is no such thing."""
+    """Return what every known field holds; raise for an unknown kind or `moments`."""
     if moments not in MOMENTS:
         raise ValueError(f"`moments` must be one of {MOMENTS}, got {moments!r}.")
     for name, kind in (kinds or {}).items():
@@ -141,112 +133,72 @@ def check_moments(moments: str, kinds: Mapping[str, str] | None) -> dict[str, st
     return {**_KNOWN, **(kinds or {})}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Change:
-    """What becomes of one leaf that mirrors a weight, or one Sigma of it."""
+class _Change(NamedTuple):
+    """One weight that was factorised or refactored."""
 
-    shape: tuple[int, ...]
-    old: tuple[tuple[Any, Any], ...]  # no bases where the weight was dense
-    new: tuple[tuple[Any, Any, Any], ...]
-    cut: components.Matricisation | None
-    like: Any
-
-    def apply(self, x: jax.Array, kind: str | None, moments: str) -> Any:
-        """Return the leaf in the new coordinates."""
-        how = _how(kind, moments, was_dense=not self.old)
-        return _carried(x, self.old, self.new, self.like, self.cut, how)
-
-    @property
-    def keeps_shape(self) -> bool:
-        """Whether the leaf has one shape before and after."""
-        return getattr(self.like, "shape", None) == self.shape
-
-
-def _how(kind: str | None, moments: str, *, was_dense: bool) -> str:
-    """Return what is done to a field: zero, slice, rotate or spread."""
-    if kind == "gradient" or (kind == "first" and moments == "rotate"):
-        return "rotate"
-    if kind == "second" and moments == "rotate":
-        return "spread"
-    if was_dense or (kind == "first" and moments == "zero"):
-        return "zero"
-    return "slice"
+    shape: tuple[int, ...]  # of the dense weight, or its Sigma, before
+    old: Bases | None  # None for a dense weight
+    new: Bases
+    sigma: Any  # after
 
 
 def _changes(old: LowRankState, new: LowRankState) -> dict[str, _Change]:
-    """Return what changes between two states, by the path of the leaf before."""
-    if not set(old.frozen) <= set(new.frozen):
+    """Return what changes between two states, by path."""
+    lost = sorted(set(old.frozen) - set(new.frozen))
+    if lost:
         raise ValueError(
-            f"`old` has factorised leaves that `new` lacks, "
-            f"{sorted(set(old.frozen) - set(new.frozen))}: pass the state before, then "
-            "the state after."
+            f"`old` has factorised leaves that `new` lacks, {lost}: pass the state "
+            "before, then the state after."
         )
-    leaves, others = leaves_of(new.trainable)[0], leaves_of(old.trainable)[0]
-    changes: dict[str, _Change] = {}
+    before, after = map(jax.tree.leaves, (old.trainable, new.trainable))
+    if len(before) != len(after):
+        raise ValueError(
+            f"`old` has {len(before)} leaves, `new` has {len(after)}: pass states of "
+            "the same parameters."
+        )
+    changes = {}
     for path, bases in new.frozen.items():
-        factors = tuple(zip(bases.u, bases.vt, bases.rank, strict=True))
-        leaf, before = leaves[bases.index], old.frozen.get(path)
-        if before is bases:
+        bases_before = old.frozen.get(path)
+        if bases_before is bases:  # No check has worked on it.
             continue
-        if before is None:
-            shape = jnp.shape(others[bases.index])
-            if len(leaves) != len(others) or shape != bases.shape:
-                raise ValueError(
-                    f"'{path}' has shape {bases.shape} in `new`, {shape} in `old`: "
-                    "pass states of the same parameters."
-                )
-            changes[path] = _Change(shape, (), factors, bases.cut, leaf)
-            continue
-        pairs = tuple(zip(before.u, before.vt, strict=True))
-        for i, (olds, news) in enumerate(zip(pairs, factors, strict=True)):
-            here, like, was = path, leaf, others[bases.index]
-            if is_sigmas(leaf):
-                here, like, was = f"{path}/stacks/{i}", leaf.stacks[i], was.stacks[i]
-            changes[here] = _Change(was.shape, (olds,), (news,), None, like)
+        shape = jnp.shape(before[bases.index])
+        if bases_before is None and shape != bases.shape:
+            raise ValueError(
+                f"'{path}' has shape {bases.shape} in `new`, {shape} in `old`: "
+                "pass states of the same parameters."
+            )
+        changes[path] = _Change(shape, bases_before, bases, after[bases.index])
     return changes
 
 
 def _field(path: str, owner: str) -> str | None:
-    """Return the name of the field in which a leaf stands."""
+    """Return the name of the field that a leaf of an optimiser's state is in."""
     parts = path[: len(path) - len(owner)].strip("/").split("/")
     return next((part for part in reversed(parts) if not part.isdigit()), None)
 
 
+def _converted(x: Any, change: _Change, kind: str | None, moments: str) -> jax.Array:
+    """Return a leaf that mirrors a weight in the coordinates of its new Sigma."""
+    old, new, sigma = change.old, change.new, change.sigma
+    if kind == "gradient" or (kind is not None and moments == "rotate"):
+        before = () if old is None else (old.u, old.vt)
+        power = 2 if kind == "second" else 1
+        return _rotated(x, before, (new.u, new.vt), sigma, new.cut, power)
+    if old is None or (kind == "first" and moments == "zero"):
+        return jnp.zeros_like(sigma, dtype=x.dtype)
+    return x[..., : new.rank, : new.rank]
+
+
 @functools.partial(jax.jit, static_argnums=(4, 5))
-def _carried(
+def _rotated(
     x: jax.Array,
-    old: tuple[tuple[jax.Array, jax.Array], ...],
-    new: tuple[tuple[jax.Array, jax.Array, jax.Array], ...],
-    like: Any,
-    cut: components.Matricisation | None,
-    how: str,
-) -> Any:
-    """Return a leaf in new coordinates: one that is like another in its shape."""
-    if how == "zero" and cut is not None:
-        return jax.tree.map(lambda y: jnp.zeros_like(y, dtype=x.dtype), like)
-    spec = jax.typeof(jax.tree.leaves(like)[0]).sharding.spec
-
-    def carried(x: jax.Array, *factors: jax.Array) -> Any:
-        (olds, news) = jax.tree.unflatten(structure, factors)
-        if cut is not None:
-            stacks = [None] * len(news)
-            for i, stack in enumerate(cut.fold(working(x))):
-                u, vt, rank = news[i]
-                stacks[i] = _by(stack, u, adjoint(vt), how, rank)
-        else:
-            stacks = [_moved(stacks_of(x)[0], olds[0], news[0], how)]
-        return leaf_of(tuple(stack.astype(x.dtype) for stack in stacks))
-
-    flat, structure = jax.tree.flatten((old, new))
-    return by_compiler(carried, spec, x, *map(jnp.asarray, flat))
-
-
-def _moved(
-    x: jax.Array,
-    old: tuple[jax.Array, jax.Array],
-    new: tuple[jax.Array, jax.Array, jax.Array],
-    how: str,
+    old: tuple[jax.Array, ...],
+    new: tuple[jax.Array, jax.Array],
+    sigma: jax.Array,
+    cut: components.Matricisation,
+    power: int,
 ) -> jax.Array:
+<<<<<<< HEAD
     """Return what belongs to one stack of Sigmas, for other bases."""
     (u, vt), (to_u, to_vt, rank), r = old, new, new[0].shape[-1]
     kept = x[:, :r, :r]
@@ -262,17 +214,30 @@ def _moved(
         changed = jnp.any(u != to_u) | jnp.any(vt != to_vt)
         moved = jnp.where(changed, moved, kept.astype(moved.dtype))
     return masked(moved, rank)
+=======
+    """Return `A^H X B` for what mirrors a weight, or its last Sigma, X.
+>>>>>>> helper-low
 
+    Sharded like `sigma`; without `old` bases X is dense.
+    """
 
-def _by(x: jax.Array, a: jax.Array, b: jax.Array, how: str, rank: Any) -> jax.Array:
-    """Return `A^H X B`, with squared entries of A and B for second moments."""
-    if how == "spread":
-        a, b = jnp.abs(a) ** 2, jnp.abs(b) ** 2
-    return masked(matmul(matmul(adjoint(a), x), b), rank)
+    def rotated(x: jax.Array, u: Any, vt: Any, *old: jax.Array) -> jax.Array:
+        a, b = u, adjoint(vt)
+        if old:
+            stack = working(x).reshape(-1, *x.shape[-2:])
+            a, b = matmul(adjoint(old[0]), a), matmul(old[1], b)
+        else:
+            (stack,) = cut.fold(working(x))
+        if power == 2:
+            a, b = jnp.abs(a) ** 2, jnp.abs(b) ** 2
+        product = matmul(matmul(adjoint(a), stack), b)
+        return squeezed(product).astype(x.dtype)
+
+    return auto_sharded(rotated, jax.typeof(sigma).sharding.spec, x, *new, *old)
 
 
 def _refreshed(opt_state: Any, tx: optax.GradientTransformation, new: Any) -> Any:
-    """Return the state with a fresh leaf wherever the shape is not what it must be."""
+    """Return the state with a fresh leaf wherever the shape must change."""
     leaves, structure = jax.tree.flatten(opt_state)
     fresh = jax.tree.leaves(tx.init(new.trainable))
     if len(fresh) != len(leaves):
@@ -281,5 +246,5 @@ def _refreshed(opt_state: Any, tx: optax.GradientTransformation, new: Any) -> An
             f"has {len(leaves)}: pass the transformation that the state belongs to."
         )
     pairs = zip(leaves, fresh, strict=True)
-    kept = [x if jnp.shape(x) == jnp.shape(y) else y for x, y in pairs]
-    return jax.tree.unflatten(structure, kept)
+    leaves = [x if jnp.shape(x) == jnp.shape(y) else y for x, y in pairs]
+    return jax.tree.unflatten(structure, leaves)

@@ -1,11 +1,8 @@
-"""OIALR's numbers: when the basis is frozen, and how fast the rank may fall."""
+"""OIALR's numbers: when weights are factorised, and how fast ranks may fall."""
 
 import dataclasses
 import math
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 # Field, type, lowest and highest value, and whether these two belong to the range.
@@ -25,32 +22,34 @@ _RANGES = (
 class OIALR:
     r"""When weights are factorised, and how their ranks fall: plain numbers.
 
-    After `delay` steps every weight that is eligible becomes $U \Sigma V^T$, of which
-    $\Sigma$ trains. Then, and after every `frequency` further steps, $\Sigma$ is
-    diagonalised and singular values below `beta` times the largest are cut.
+    After `delay` steps every eligible weight becomes $U \Sigma V^T$, of which $\Sigma$
+    trains. Then, and after every `frequency` further steps, comes a check: $\Sigma$ is
+    diagonalised and singular values below `beta` times the largest are truncated.
 
     Attributes:
-      delay: steps of ordinary training, at least 0.
+      delay: steps of dense training, at least 0. The unit of a step is that of
+        `Trainer.check`: updates, or epochs.
       frequency: steps between two checks, at least 1.
       beta: threshold, as a fraction of the largest singular value, in (0, 1).
-      max_drop: largest fraction of the rank that one check cuts, in (0, 1]; the paper
+      max_drop: largest fraction of the rank that one check drops, in (0, 1]; the paper
         never drops more than half.
       min_rank_fraction: lowest rank, as a fraction of the short side of the matrix, in
         [0, 1]; never below rank 1.
-      min_aspect: matrices whose short side is not above this fraction of the long side
-        stay as they are, in [0, 1).
-      keep_first: whether the first layer stays as it is. Needs an order of layers.
-      keep_last: whether the last layer stays as it is. Needs an order; the paper's
-        code has True.
+      min_aspect: matrices whose short side is at most this fraction of the long side
+        stay dense, in [0, 1).
+      keep_first: whether the first layer stays dense. Needs an order of layers.
+      keep_last: whether the last layer stays dense. Needs an order; the paper's code
+        has True.
       layer_step: the first check works on this fraction of the layers, those nearest
         to the output, every further one on as many more; in [0, 1]. At least one
-        layer; 0 is all of them, always. Needs an order; the paper's code has 0.1.
+        layer; 0 for all layers at every check. Needs an order; the paper's code has
+        0.1.
       rank_multiple: ranks are rounded up to multiples of this, so that programs are
         compiled for few ranks.
 
     Raises:
       ValueError: if a number is outside its range.
-      TypeError: if a field is of another type.
+      TypeError: if a field has another type.
 
     Example:
       >>> from orthax import low_rank
@@ -58,8 +57,7 @@ class OIALR:
       0.15
 
     References:
-      Coquelin et al.: "Harnessing Orthogonality to Train Low-Rank Neural Networks",
-      2024, arXiv 2401.08505, and the authors' code.
+      Coquelin et al. 2024, arXiv 2401.08505.
     """
 
     delay: int
@@ -86,44 +84,42 @@ class OIALR:
             if not (above and below):
                 ends = f"{'(['[with_low]}{low}, {high}{')]'[with_high]}"
                 raise ValueError(f"`{name}` must be in {ends}, got {value}.")
-        for name in ("keep_first", "keep_last"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(
-                    f"`{name}` must be a bool, got {getattr(self, name)!r}."
-                )
 
-    def ranks(self, s: jax.Array | np.ndarray, rank: Any, side: int) -> Any:
-        """Return the rank at which the matrices of a stack are to be cut.
+    def check_at(self, step: int, every: int = 1) -> int | None:
+        """Return the number of the check that is due at a step, None without one.
 
         Args:
-          s: singular values of each, descending, `(b, k)`, of numpy on the host.
-          rank: the rank that they have, an integer or a traced one.
+          step: how many steps there have been.
+          every: steps since checks were last asked for; those missed since then are
+            done once.
+        """
+        number, previous = (
+            (at - self.delay) // self.frequency for at in (step, step - every)
+        )
+        return number if number > max(previous, -1) else None
+
+    def rank(self, s: np.ndarray, side: int) -> int:
+        """Return the rank to which the matrices of a leaf are truncated.
+
+        Args:
+          s: singular values of each, descending, `(b, r)`.
           side: short side of the weight's matrices.
 
         Returns:
-          One rank for all of them, the largest that any of them needs, int32.
+          One rank for all of them, the largest that any of them needs.
         """
-        xp = np if isinstance(s, np.ndarray) else jnp
-        # The singular values are sorted: those that are kept come first.
-        above = xp.max(xp.sum(s >= self.beta * s[:, :1], axis=1), initial=0)
-        lowest = xp.asarray(self._lowest(s.shape[1], side))[rank]
-        wanted = xp.maximum(above, lowest)
-        rounded = -(-wanted // self.rank_multiple) * self.rank_multiple
-        return xp.minimum(rounded, rank).astype(np.int32)
+        r = s.shape[1]
+        above = int(np.max(np.sum(s >= self.beta * s[:, :1], axis=1), initial=0))
+        lowest = max(1, int(self.min_rank_fraction * side))
+        lowest = max(lowest, r - math.floor(self.max_drop * r))
+        wanted = max(above, lowest)
+        return min(r, -(-wanted // self.rank_multiple) * self.rank_multiple)
 
-    def _lowest(self, most: int, side: int) -> np.ndarray:
-        """Return the rank that one check must leave, for every rank up to `most`.
-
-        A table, because a traced product would be rounded otherwise than Python's.
-        """
-        left = [rank - math.floor(self.max_drop * rank) for rank in range(most + 1)]
-        return np.maximum(left, max(1, int(self.min_rank_fraction * side)))
-
-    def layers_at(self, check: Any, layers: int) -> Any:
+    def layers_at(self, check: int, layers: int) -> int:
         """Return how many layers, from the output, a check works on.
 
         Args:
-          check: how many checks there have been, an integer or a traced one.
+          check: how many checks came before.
           layers: how many layers there are.
         """
         if not self.layer_step:

@@ -1,27 +1,13 @@
 """Weights as Sigma, which trains, between bases, which do not."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from orthax import components
-
-# Every leaf of a tree by its path, none of them cut.
-EVERY_LEAF = components.ByPath([("", None)])
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sigmas:
-    """What stands for a leaf whose matrices are of several shapes: many Sigmas.
-
-    Attributes:
-      stacks: one array for each shape, `(r, r)`, or `(b, r, r)` for b matrices.
-    """
-
-    stacks: tuple[Any, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -29,25 +15,18 @@ class Sigmas:
 class Bases:
     r"""The frozen bases of one leaf: $W = U \Sigma V^T$ for each of its matrices.
 
-    Matrices of equal shape are a stack. Most leaves are one; a leaf with fused blocks
-    of unequal sizes is several, and each tuple has as many entries.
-
     Attributes:
-      u: orthonormal columns, `(b, m, r)` each.
-      vt: orthonormal rows, `(b, r, n)` each; for complex weights $V^H$.
-      rank: how many rows and columns of Sigma count, int32, shape () each; the others
-        are zero. Below r only after `refactor_masked`.
-      cut: which axes of the leaf make the matrices.
+      u: orthonormal columns, `(b, m, r)`.
+      vt: orthonormal rows, `(b, r, n)`; for complex weights $V^H$.
+      cut: which axes of the leaf form the matrices.
       shape: of the leaf.
-      spec: how the leaf lay on a mesh of explicit axes, None on any other.
-      index: which leaf it is, in the order of `jax.tree.leaves`.
-      layer: to which of the layers it belongs, counted from the input, None without an
-        order.
+      spec: the sharding of the leaf on a mesh with explicit axes, else None.
+      index: position of the leaf in `jax.tree.leaves`.
+      layer: index of its layer, counted from the input; None without an order.
     """
 
-    u: tuple[Any, ...]
-    vt: tuple[Any, ...]
-    rank: tuple[Any, ...]
+    u: Any
+    vt: Any
     cut: components.Matricisation = dataclasses.field(metadata={"static": True})
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     spec: jax.sharding.PartitionSpec | None = dataclasses.field(
@@ -57,25 +36,25 @@ class Bases:
     layer: int | None = dataclasses.field(metadata={"static": True})
 
     @property
-    def widths(self) -> tuple[int, ...]:
-        """The number r of columns of U, for each stack."""
-        return tuple(u.shape[-1] for u in self.u)
+    def rank(self) -> int:
+        """The number r of columns of U."""
+        return self.u.shape[-1]
 
-    def replaced(self, stacks: Sequence[Any]) -> "Bases":
-        """Return the same leaf with the `u`, `vt` and `rank` of other stacks."""
-        u, vt, rank = zip(*((new.u, new.vt, new.rank) for new in stacks), strict=True)
-        return dataclasses.replace(self, u=u, vt=vt, rank=rank)
+    @property
+    def short_side(self) -> int:
+        """The smaller of m and n, the largest possible rank."""
+        return min(self.u.shape[-2], self.vt.shape[-1])
 
 
 class LowRankState(NamedTuple):
     r"""Parameters of which some are factorised: a pytree.
 
     Attributes:
-      trainable: a tree like the parameters, in which Sigma stands for a factorised
-        leaf: `(r, r)`, or `(b, r, r)` where the leaf holds b matrices (a `Sigmas`
-        where they are of several shapes). Dense, not diagonal. What an optimiser and
-        `jax.grad` are to see.
-      frozen: the bases, by the path of the leaf.
+      trainable: a tree like the parameters, with Sigma in place of every factorised
+        leaf: `(r, r)`, or `(b, r, r)` for a leaf of b matrices. Dense, not diagonal.
+        The optimiser and `jax.grad` see this tree.
+      frozen: the bases by the path of the leaf, with `u`, `(b, m, r)`, and `vt`,
+        `(b, r, n)`. Empty before the conversion.
     """
 
     trainable: Any
@@ -83,88 +62,38 @@ class LowRankState(NamedTuple):
 
 
 class TrainingState(NamedTuple):
-    """State of `Training`: a pytree, to be saved as it is.
+    """State of a `Trainer`: a pytree, saved in checkpoints as it is.
 
     Attributes:
-      step: how many updates there have been, int32, shape ().
-      checks: how many checks there have been, int32, shape ().
-      next_check: how many updates there must have been for the next check, int32,
-        shape (); the first one converts the weights.
-      weights: a `LowRankState`, with nothing frozen before the conversion.
-      opt_state: of the optimiser.
+      weights: a `LowRankState`.
+      opt_state: of the optimiser, for `weights.trainable`.
     """
 
-    step: Any
-    checks: Any
-    next_check: Any
     weights: LowRankState
     opt_state: Any
 
-    @property
-    def trainable(self) -> Any:
-        """What the optimiser sees, and what gradients are taken with respect to."""
-        return self.weights.trainable
 
-    @property
-    def is_low_rank(self) -> bool:
-        """Whether the weights have been converted."""
-        return bool(self.weights.frozen)
-
-
-def is_sigmas(x: Any) -> bool:
-    """Return whether something stands for a leaf of several Sigmas."""
-    return isinstance(x, Sigmas)
-
-
-def leaves_of(tree: Any) -> tuple[list[Any], Any]:
-    """Return the leaves of a trainable tree, one for each parameter, and its form."""
-    return jax.tree.flatten(tree, is_leaf=is_sigmas)
-
-
-def stacks_of(leaf: Any) -> tuple[Any, ...]:
-    """Return the Sigmas of a leaf as `(b, r, r)` each."""
-    found = leaf.stacks if is_sigmas(leaf) else (leaf,)
-    return tuple(x[None] if x.ndim == 2 else x for x in found)
-
-
-def leaf_of(stacks: tuple[Any, ...]) -> Any:
-    """Return what stands for a leaf with the Sigmas `(b, r, r)`."""
-    found = tuple(_first(x) if x.shape[0] == 1 else x for x in stacks)
-    return found[0] if len(found) == 1 else Sigmas(found)
-
-
-def _first(x: Any) -> Any:
-    """Return the first matrix of a stack, also of one without values."""
-    if not isinstance(x, jax.ShapeDtypeStruct):
-        return x[0]
-    lies = x.sharding
-    if isinstance(lies, jax.NamedSharding):
-        lies = jax.NamedSharding(lies.mesh, jax.sharding.PartitionSpec(*lies.spec[1:]))
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=lies)
+def squeezed(sigma: jax.Array) -> jax.Array:
+    """Return Sigma of shape `(b, r, r)` as it is in the trainable tree."""
+    return sigma[0] if sigma.shape[0] == 1 else sigma
 
 
 def owner_of(path: str, paths: Collection[str]) -> str | None:
-    """Return the parameter that a leaf of another tree mirrors: the longest ending.
+    """Return the parameter that a leaf of another tree mirrors: the longest suffix.
 
     Args:
-      path: of a leaf that an optimiser keeps, `"0/mu/dense/kernel"`.
+      path: of a leaf of an optimiser's state, `"0/mu/dense/kernel"`.
       paths: of all parameters.
     """
     parts = path.split("/")
-    endings = ("/".join(parts[i:]) for i in range(len(parts) + 1))
-    return next((ending for ending in endings if ending in paths), None)
+    suffixes = ("/".join(parts[i:]) for i in range(len(parts) + 1))
+    return next((suffix for suffix in suffixes if suffix in paths), None)
 
 
 def paths_of(tree: Any) -> list[str]:
     """Return the paths of the leaves of a tree, in the order of `jax.tree.leaves`."""
-    return [leaf.path for leaf in components.decide_all(tree, EVERY_LEAF)]
-
-
-def wrapped(params: Any) -> LowRankState:
-    """Return parameters as a state in which nothing is factorised."""
-    if isinstance(params, LowRankState):
-        return params
-    return LowRankState(params, {})
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [components.path_string(path) for path, _ in leaves]
 
 
 def check_state(state: Any) -> None:
@@ -176,36 +105,40 @@ def check_state(state: Any) -> None:
         )
 
 
-def sigmas(state: LowRankState, trainable: Any = None) -> dict[str, tuple[Any, ...]]:
-    """Return the Sigmas of every factorised leaf, by path, `(b, r, r)` each."""
-    leaves, _ = leaves_of(state.trainable if trainable is None else trainable)
-    found = {}
-    for path, bases in state.frozen.items():
-        stacks = stacks_of(leaves[bases.index])
-        shapes = tuple(x.shape[-2:] for x in stacks)
-        expected = tuple((r, r) for r in bases.widths)
-        if shapes != expected:
-            raise ValueError(
-                f"Sigma of '{path}' has shape {shapes}, but its bases have the ranks "
-                f"{bases.widths}: `trainable` and `frozen` must come from one state, "
-                "one checkpoint."
-            )
-        found[path] = stacks
-    return found
-
-
-def ranks(state: LowRankState) -> dict[str, int | tuple[int, ...]]:
-    """Return the rank of every factorised leaf.
-
-    Args:
-      state: from `factorise`, with arrays or `jax.ShapeDtypeStruct`s.
-
-    Returns:
-      By path, the rank that its matrices share; a tuple for a leaf with fused blocks
-      of unequal sizes, one for each size. What `factorise` takes as `ranks`.
+def sigmas(state: LowRankState, trainable: Any = None) -> dict[str, jax.Array]:
+    """Return Sigma of every factorised leaf, by path, `(b, r, r)` each.
 
     Raises:
-      TypeError: if `state` is no `LowRankState`.
+      ValueError: if Sigma does not have the rank of its bases.
+    """
+    leaves = jax.tree.leaves(state.trainable if trainable is None else trainable)
+    result = {}
+    for path, bases in state.frozen.items():
+        sigma, r = leaves[bases.index], bases.rank
+        batch = bases.u.shape[:1] if bases.u.shape[0] > 1 else ()
+        if sigma.shape != (*batch, r, r):
+            raise ValueError(
+                f"Sigma of '{path}' has shape {sigma.shape}, but its bases have rank "
+                f"{r}: `trainable` and `frozen` must come from the same state."
+            )
+        result[path] = sigma if batch else sigma[None]
+    return result
+
+
+def ranks(state: Any) -> dict[str, int]:
+    """Return the rank of every factorised leaf, also of a checkpoint.
+
+    Args:
+      state: a `LowRankState` or a `TrainingState`; or the tree of a saved
+        `TrainingState`: nested dictionaries of anything with a `shape`, such as the
+        metadata that Orbax reads without reading the arrays.
+
+    Returns:
+      The rank that the matrices of a leaf share, by path; empty before the conversion.
+      `factorise` and `Trainer` take it as `ranks`.
+
+    Raises:
+      TypeError: if `state` is none of these.
 
     Example:
       >>> import jax.numpy as jnp
@@ -214,15 +147,57 @@ def ranks(state: LowRankState) -> dict[str, int | tuple[int, ...]]:
       >>> low_rank.ranks(state)
       {'dense/kernel': 3}
     """
+    for name in ("item_metadata", "tree"):  # Orbax wraps what it saved in these.
+        state = getattr(state, name, state)
+    weights = state if isinstance(state, LowRankState) else _entry(state, "weights")
+    if weights is None:
+        raise TypeError(
+            "`state` must be a LowRankState, a TrainingState or the saved tree of one, "
+            f"with an entry 'weights', got {type(state).__name__}."
+        )
+    frozen = _entry(weights, "frozen") or {}
+    return {path: int(_entry(x, "u").shape[-1]) for path, x in frozen.items()}
+
+
+def _entry(tree: Any, name: str) -> Any:
+    """Return the child of a node that a checkpoint may have made a dictionary."""
+    return tree.get(name) if isinstance(tree, Mapping) else getattr(tree, name, None)
+
+
+def fractions(state: LowRankState) -> dict[str, float]:
+    r"""Return how many numbers train, and are stored, per dense parameter.
+
+    Instead of its $m n$ numbers a matrix of rank r trains $r^2$ and stores
+    $r (m + n) + r^2$: fewer than $m n$ for a square one only if r is below 0.41 n,
+    three times as many at full rank.
+
+    Args:
+      state: from `factorise`.
+
+    Returns:
+      `"trainable"`, in (0, 1], and `"stored"`, which may exceed one; dimensionless.
+      Both count the parameters that are not factorised.
+
+    Raises:
+      TypeError: if `state` is not a `LowRankState`.
+
+    Limits:
+      Numbers, not bytes: the bases of bfloat16 weights are float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from orthax import low_rank
+      >>> params = {"kernel": jnp.ones((8, 8)), "bias": jnp.ones(8)}
+      >>> fractions = low_rank.fractions(low_rank.factorise(params, ranks=2))
+      >>> round(fractions["trainable"], 3)  # (2 * 2 + 8) / (64 + 8)
+      0.167
+      >>> round(fractions["stored"], 3)  # (2 * 16 + 2 * 2 + 8) / (64 + 8)
+      0.611
+    """
     check_state(state)
-    found = {path: current_ranks(bases) for path, bases in state.frozen.items()}
-    return {path: r[0] if len(r) == 1 else r for path, r in found.items()}
-
-
-def current_ranks(bases: Bases) -> tuple[int, ...]:
-    """Return the rank of every stack of a leaf, on the host."""
-    abstract = jax.ShapeDtypeStruct
-    return tuple(
-        u.shape[-1] if isinstance(rank, abstract) else int(rank)
-        for u, rank in zip(bases.u, bases.rank, strict=True)
-    )
+    trainable = sum(math.prod(x.shape) for x in jax.tree.leaves(state.trainable))
+    bases = state.frozen.values()
+    frozen = sum(math.prod(x.shape) for b in bases for x in (b.u, b.vt))
+    sigma = sum(b.u.shape[0] * b.rank**2 for b in bases)
+    dense = trainable - sigma + sum(math.prod(b.shape) for b in bases)
+    return {"trainable": trainable / dense, "stored": (trainable + frozen) / dense}

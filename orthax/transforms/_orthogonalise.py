@@ -9,7 +9,7 @@ from orthax.transforms._stateless import stateless
 def orthogonalise(
     method: polar.PolarMethod = polar.Auto(),
     *,
-    rule: components.Rule = components.ByName(),
+    rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Replace every gradient matrix by its orthogonal polar factor.
@@ -59,7 +59,7 @@ def orthogonalise(
       network optimisation", 2022, arXiv 2202.07052, equations (3) to (7).
     """
     work = execution.Factors(method)
-    components.check_rule(rule)
+    rule = components.check_rule(rule)
     if not isinstance(stacking, execution.Stacking):
         advice = ""
         if isinstance(stacking, int):

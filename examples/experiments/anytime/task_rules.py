@@ -19,13 +19,13 @@ RULES: tuple[Rule, ...] = Rule.__args__
 STATEFUL = ("gradvac",)  # not with `tasks.combined_value_and_grad`
 
 
-def make_rule(name: Rule, tasks: int) -> tasks.TaskRule:
+def make_rule(name: Rule, count: int) -> tasks.TaskRule:
     """Return the rule of a name.
 
     Args:
       name: which; OSGD is a reconstruction, the first task first unless reversed, and
         PCGrad and GradVac meet tasks in the given order, the papers in a random one.
-      tasks: how many there are.
+      count: how many tasks there are.
     """
     match name:
         case "sum":
@@ -33,7 +33,7 @@ def make_rule(name: Rule, tasks: int) -> tasks.TaskRule:
         case "osgd":
             return tasks.OSGD()
         case "osgd_reversed":
-            return tasks.OSGD(order=range(tasks)[::-1])
+            return tasks.OSGD(order=range(count)[::-1])
         case "osgd_per_task":
             return tasks.OSGD(normalise="per_task")
         case "osgd_conflict_only":
@@ -41,7 +41,7 @@ def make_rule(name: Rule, tasks: int) -> tasks.TaskRule:
         case "pcgrad":
             return tasks.PCGrad()
         case "gradvac":
-            return tasks.GradVac(target=None, tasks=tasks)
+            return tasks.GradVac(target=None, tasks=count)
         case "cagrad":
             return tasks.CAGrad()
         case "symmetric":

@@ -1,4 +1,4 @@
-"""The page of low-rank networks: what is claimed, what was found, tables, a figure."""
+"""The page of low-rank networks: claims, measurements, tables, figures."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -43,35 +43,35 @@ _HEAD = """\
 Written by `python -m examples.low_rank` from `low_rank.csv`, one row a run; nothing is
 typed by hand. The method is that of Coquelin et al. 2024 (arXiv 2401.08505) and of the
 authors' code, with the last layer left dense: after `delay` epochs W = U S Vᵀ, of which
-S (r x r, dense) goes on training; after every `frequency` epochs singular values below
-`beta` times the largest are cut, half of them at most, and the rank that is left is
-rounded up to `rank multiple`: the lowest it can reach. `beta` 1e-06 cuts nothing. Their
-own results could be read for an Autoformer on ETTm2 alone (tables in the authors'
-repository): best mean squared error 0.2684 against 0.2741 of full rank at a horizon of
-192, with 7.1 % of the parameters trainable, and 0.4201 against 0.4201 at 720. No number
-here can be compared with those.
+S (r x r, dense) keeps training; after every `frequency` epochs singular values below
+`beta` times the largest are cut, half of them at most, and the remaining rank is
+rounded up to a multiple of `rank multiple`. `beta` 1e-06 cuts nothing. Of the authors'
+results, only those of an Autoformer on ETTm2 were available (tables in their
+repository): best mean squared error 0.2684 against 0.2741 at full rank at a horizon of
+192, with 7.1 % of the parameters trainable, and 0.4201 against 0.4201 at 720. They are
+not comparable with the numbers here.
 
 Test accuracy in per cent after the last epoch, mean of n seeds and one standard error.
-Each arm runs at its own learning rate, the best of one grid by the validation images; *
-is an end of the grid. "- full rank" is the difference to the network of full rank with
-the same optimiser, paired by seed. Trainable and stored are fractions of the numbers in
-the dense network, at the end. "ms a step" and "MiB" are those of dense epochs, then
-of epochs at the last ranks. The time is that of a step in the fastest such epoch of any
-seed, because the machine did other things as well; without compilation (one for every
-change of ranks) and checks. The memory is what the compiled epoch needs besides the
-images, arguments and temporary arrays, with its peak over training, checks apart. Cut:
-the trained network of full rank, truncated to the ranks that OIALR with that beta ended
-with at the same seed. Fixed: only S trains, from the first step on, in the bases of the
-initial weights, at the median ranks of OIALR with that beta. Tuned: delay, beta and
-learning rate are the best of all combinations, a larger search than any other arm's.
-`orthogonal_sgd` takes the polar factor of every gradient, behind the conversion that of
-the gradient of S: the orthogonal step inside the frozen bases.
+Each arm runs at its own learning rate, the best of one grid on the validation images; *
+marks an end of the grid. "- full rank" is the difference from the network of full rank
+with the same optimiser, paired by seed. Trainable and stored are fractions of the
+numbers in the dense network, at the end. "ms a step" and "MiB" are those of dense
+epochs, then of epochs at the last ranks. The time is that of a step in the fastest such
+epoch of any seed, because the machine was shared; without compilation (one for every
+change of ranks) and checks. The memory is that of the arguments (without the images)
+and temporary arrays of a compiled epoch, with its peak over training, without checks.
+Cut: the trained network of full rank, truncated to the ranks that OIALR with that beta
+ended with at the same seed. Fixed: only S trains, from the first step on, in the bases
+of the initial weights, at the median ranks of OIALR with that beta. Tuned: delay, beta
+and learning rate are the best of all combinations, a larger search than any other
+arm's. `orthogonal_sgd` takes the polar factor of every gradient; after the conversion,
+of the gradient of S: the orthogonal step inside the frozen bases.
 
-Stability is that of U Vᵀ since the look before (`diagnostics.basis_stability`). A
-cosine schedule takes the rate to zero, and with it every change: a stability of one at
-the end is no finding. Whether bases settle is judged half-way, where the rate is still
-half of what it was: above 0.9 for every matrix, higher than at first, and no fall
-later."""
+Stability is that of U Vᵀ since the previous measurement
+(`diagnostics.basis_stability`). A cosine schedule takes the learning rate to zero, and
+with it every change: a stability of one at the end means nothing. Whether bases settle
+is judged half-way, where the learning rate is still half of its initial value: above
+0.9 for every matrix, higher than at first, and not lower later."""
 _MODELS = {
     "mlp": "MLP on scikit-learn's 8x8 digits",
     "vit": "Vision transformer on CIFAR-10",
@@ -103,59 +103,57 @@ def verdict(values: np.ndarray) -> str:
 def claims(rows: Sequence[Row]) -> list[list[str]]:
     """Return what is claimed of a network, what was measured, and whether it holds."""
     arms = arms_of(rows)
-    found = [*_settling(rows, arms)]
+    lines = [*_settling(rows, arms)]
     for ours in (arm for arm in arms if arm[1] == "oialr"):
         full = (ours[0], "full", "0.0", "tuned")
         what = "better than" if ours[3] == "joint" else "as good as"
-        found += _apart(f"{what} full rank", rows, ours, full)
+        lines += _apart(f"{what} full rank", rows, ours, full)
     for kind, what in (
         ("truncated", "better than cutting the trained network"),
         ("fixed", "better than that rank from the start"),
     ):
         for ours, other in pairs(arms, kind):
-            found += _apart(what, rows, ours, other)
+            lines += _apart(what, rows, ours, other)
     for ours in (arm for arm in arms if arm[1] == "oialr"):
-        found += _saving(rows, ours)
-    return found
+        lines += _saving(rows, ours)
+    return lines
 
 
 def _settling(rows: Sequence[Row], arms: Sequence[Arm]) -> Iterator[list[str]]:
     for arm in (x for x in arms if x[1] == "full"):
-        found = stability(select(rows, arm)).mean(0)
-        looks = found[[0, len(found) // 2, -1]]
-        first, half, last = looks
-        each = ", ".join(" → ".join(f"{x:.3f}" for x in one) for one in looks.T)
+        means = stability(select(rows, arm)).mean(0)
+        times = means[[0, len(means) // 2, -1]]
+        first, half, last = times
+        each = ", ".join(" → ".join(f"{x:.3f}" for x in one) for one in times.T)
         if len(first) > 4:
-            each = " → ".join(f"{x.min():.3f} to {x.max():.3f}" for x in looks)
+            each = " → ".join(f"{x.min():.3f} to {x.max():.3f}" for x in times)
         rises = (half > first).all() and (last >= half - 0.01).all()
         held = _HOLDS if rises and half.min() >= 0.9 else "rises" if rises else _FAILS
-        what = (
-            "the bases of every matrix settle: at the first look, half-way, at the end"
-        )
+        what = "the bases of every matrix settle: at first, half-way, at the end"
         yield [f"{title(arm, [])}: {what}", each, held]
 
 
 def _apart(
     what: str, rows: Sequence[Row], ours: Arm, other: Arm
 ) -> Iterator[list[str]]:
-    found = select(rows, ours)
-    apart = difference(found, select(rows, other))
+    selected = select(rows, ours)
+    apart = difference(selected, select(rows, other))
     if apart is None:
         return
     held = verdict(apart)
     if what.startswith("as good") and held == _OPEN:
         held = "no worse"
-    yield [f"{title(ours, found)}: {what}", f"{spread(apart, 2)} %", held]
+    yield [f"{title(ours, selected)}: {what}", f"{spread(apart, 2)} %", held]
 
 
 def _saving(rows: Sequence[Row], ours: Arm) -> Iterator[list[str]]:
-    found = select(rows, ours)
-    stored = np.mean([float(row["stored"]) for row in found])
+    selected = select(rows, ours)
+    stored = np.mean([float(row["stored"]) for row in selected])
     held = _HOLDS if stored < 1 else _FAILS
-    name = title(ours, found)
+    name = title(ours, selected)
     yield [f"{name}: fewer numbers to store", f"{stored:.2f} of the dense ones", held]
     for column, what in (("step_ms", "faster steps"), ("memory_mib", "less memory")):
-        dense, last = least(found, column)
+        dense, last = least(selected, column)
         ratio = last / dense
         if math.isfinite(ratio):
             held = _HOLDS if ratio < 0.9 else _FAILS if ratio > 1.1 else _OPEN
@@ -185,14 +183,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 def _draw_stability(
     axis: Axes, rows: Sequence[Row], full: Arm, arms: Sequence[Arm]
 ) -> None:
-    found = select(rows, full)
-    looks = stability(found)
-    x = int(rows[0]["frequency"]) * np.arange(1, looks.shape[1] + 1)
-    names = found[0]["matrices"].split()
+    selected = select(rows, full)
+    curves = stability(selected)
+    x = int(rows[0]["frequency"]) * np.arange(1, curves.shape[1] + 1)
+    names = selected[0]["matrices"].split()
     for k, name in enumerate(names):
         shade = f"C{k % 10}" if len(names) <= 10 else f"{0.2 + 0.6 * k / len(names)}"
         label = name if len(names) <= 10 else None
-        draw_curves(axis, looks[:, :, k], x, color=shade, label=label)
+        draw_curves(axis, curves[:, :, k], x, color=shade, label=label)
     ours = [arm for arm in arms if arm[1] == "oialr" and arm[0] == full[0]]
     for number, arm in enumerate(ours):
         mean = np.nanmean(stability(select(rows, arm)), axis=(0, 2))
@@ -207,12 +205,12 @@ def _draw_stability(
 
 def _draw_times(axis: Axes, rows: Sequence[Row], arms: Sequence[Arm]) -> None:
     for number, arm in enumerate(arms):
-        found = select(rows, arm)
+        selected = select(rows, arm)
         if arm[1] == "truncated":
             continue
-        times = np.min([curve(row, "step_ms") for row in found], axis=0)
+        times = np.min([curve(row, "step_ms") for row in selected], axis=0)
         x = np.arange(1, len(times) + 1)
-        axis.plot(x, times, color=_colour(number), label=_label(arm, found))
+        axis.plot(x, times, color=_colour(number), label=_label(arm, selected))
     axis.set(title="time of a step, fastest of seeds", xlabel="epoch", ylabel="ms")
     axis.set_yscale("log")
     _plain(axis.yaxis)
@@ -224,11 +222,13 @@ def _draw_fractions(
 ) -> None:
     markers = {"full": "*", "oialr": "o", "truncated": "v", "fixed": "s"}
     for number, arm in enumerate(arms):
-        found = select(rows, arm)
-        mean, error = mean_and_error(tests(found)[:, None])
-        x = 100 * np.mean([float(row[name]) for row in found])
+        selected = select(rows, arm)
+        mean, error = mean_and_error(tests(selected)[:, None])
+        x = 100 * np.mean([float(row[name]) for row in selected])
         style = {"color": _colour(number), "marker": markers[arm[1]]}
-        axis.errorbar(x, mean, error, linestyle="", label=_label(arm, found), **style)
+        axis.errorbar(
+            x, mean, error, linestyle="", label=_label(arm, selected), **style
+        )
     axis.set(xlabel=f"{name} at the end, % of the dense network", xscale="log")
     _plain(axis.xaxis)
     axis.set_ylabel("test accuracy, %")
@@ -253,7 +253,7 @@ def _colour(number: int) -> tuple:
 
 
 def section(model: str, rows: Sequence[Row]) -> list[str]:
-    """Return what was found on one network with some settings."""
+    """Return the results of one network with some settings."""
     header = ["claim", "measured", "here"]
     parts = [f"## {_MODELS[model]}", settings(rows), comparison(rows)]
     there = {word for arm in arms_of(rows) for word in (*arm, arm[0].split("_")[0])}

@@ -83,15 +83,15 @@ def select(rows: Iterable[Row], arm: Arm) -> list[Row]:
     """Return the tested rows of an arm, in the order of their seeds."""
     names = ("optimiser", "arm", "beta", "chosen")
     values = dict(zip(names, arm, strict=True))
-    if arm[3] == "joint":  # found, not given
+    if arm[3] == "joint":  # tuned, not given
         del values["beta"]
-    found = [row for row in rows if all(row[k] == v for k, v in values.items())]
-    return sorted(found, key=lambda row: int(row["seed"]))
+    tested = [row for row in rows if all(row[k] == v for k, v in values.items())]
+    return sorted(tested, key=lambda row: int(row["seed"]))
 
 
 def arms_of(rows: Iterable[Row]) -> list[Arm]:
-    """Return the arms that were tested: by optimiser, what is done, and beta."""
-    found = {
+    """Return the arms that were tested, by optimiser, kind and beta."""
+    arms = {
         (
             row["optimiser"],
             row["arm"],
@@ -108,7 +108,7 @@ def arms_of(rows: Iterable[Row]) -> list[Arm]:
         return orthogonal, arm[3], kinds.index(arm[1]), float(arm[2] or 0)
 
     # Reversed: "tuned" before "joint".
-    return sorted(found, key=lambda arm: (place(arm)[0], arm[3] != "tuned", place(arm)))
+    return sorted(arms, key=lambda arm: (place(arm)[0], arm[3] != "tuned", place(arm)))
 
 
 def tests(rows: Sequence[Row]) -> np.ndarray:
@@ -147,13 +147,13 @@ def title(arm: Arm, rows: Sequence[Row]) -> str:
 def phases(row: Row, name: str) -> tuple[float, float] | None:
     """Return the least of a curve over dense epochs, and over those of the last ranks.
 
-    Either is not a number where there were none; None of a network cut at its end. The
-    least, because what else the machine does makes steps slower and never faster.
+    Either is NaN without such epochs; None for a network truncated at its end. The
+    least, because other work on the machine makes steps slower and never faster.
     """
     values, trains = (np.array(curve(row, x)) for x in (name, "trainable"))
     if np.isnan(values).any():
         return None
-    # The first epoch of a process warms caches up.
+    # The first epoch of a process warms up caches.
     dense = values[1:][trains[1:] == 1]
     last = values[trains == trains[-1]] if trains[-1] < 1 else np.array([])
     first, second = (x.min() if len(x) else np.nan for x in (dense, last))
@@ -169,8 +169,8 @@ def _percent(rows: Sequence[Row], name: str) -> str:
 
 def least(rows: Sequence[Row], name: str) -> tuple[float, float]:
     """Return the least of a curve in any run, dense and at the last ranks."""
-    found = [x for row in rows if (x := phases(row, name))]
-    columns = zip(*found, strict=True) if found else ((), ())
+    pairs = [x for row in rows if (x := phases(row, name))]
+    columns = zip(*pairs, strict=True) if pairs else ((), ())
     finite = [[x for x in column if np.isfinite(x)] for column in columns]
     dense, last = (min(column, default=np.nan) for column in finite)
     return dense, last
@@ -188,26 +188,26 @@ def _memory(rows: Sequence[Row]) -> str:
 
 
 def _line(rows: Sequence[Row], arm: Arm) -> list[str]:
-    found = select(rows, arm)
+    selected = select(rows, arm)
     baseline = select(rows, (arm[0], "full", "0.0", "tuned"))
-    apart = None if arm[1] == "full" else difference(found, baseline)
+    apart = None if arm[1] == "full" else difference(selected, baseline)
     tried = {
         float(row["learning_rate"])
         for row in rows
         if (row["chosen"], row["optimiser"]) == ("grid", arm[0])
     }
-    rate = float(found[0]["learning_rate"])
+    rate = float(selected[0]["learning_rate"])
     end = "*" * (bool(tried) and rate in (min(tried), max(tried)))
     return [
-        title(arm, found),
+        title(arm, selected),
         f"{rate:g}{end}",
-        spread(tests(found), 2),
+        spread(tests(selected), 2),
         "" if apart is None else spread(apart, 2),
-        _percent(found, "trainable"),
-        _percent(found, "stored"),
-        _both(found, "step_ms", 2),
-        _memory(found),
-        str(len(found)),
+        _percent(selected, "trainable"),
+        _percent(selected, "stored"),
+        _both(selected, "step_ms", 2),
+        _memory(selected),
+        str(len(selected)),
     ]
 
 
@@ -226,8 +226,8 @@ def rank_table(rows: Sequence[Row]) -> str:
     layers = rows[0]["layers"].split()
     lines = [[f"`{layer}`"] for layer in layers]
     for arm in arms:
-        found = [row for row in select(rows, arm) if row["ranks_at_end"]]
-        ranks = [[float(x) for x in row["ranks_at_end"].split()] for row in found]
+        selected = [row for row in select(rows, arm) if row["ranks_at_end"]]
+        ranks = [[float(x) for x in row["ranks_at_end"].split()] for row in selected]
         means = np.mean(ranks, axis=0) if ranks else np.full(len(layers), np.nan)
         for line, mean in zip(lines, means, strict=True):
             line.append(f"{mean:.0f}")
@@ -236,10 +236,10 @@ def rank_table(rows: Sequence[Row]) -> str:
 
 
 def stability(rows: Sequence[Row]) -> np.ndarray:
-    """Return the stability of every matrix at every look, `(runs, looks, matrices)`."""
+    """Return the stability of every matrix over time, `(runs, times, matrices)`."""
     return np.array(
         [
-            [[float(x) for x in look.split()] for look in row["stability"].split(";")]
+            [[float(x) for x in time.split()] for time in row["stability"].split(";")]
             for row in rows
         ]
     )
@@ -247,10 +247,10 @@ def stability(rows: Sequence[Row]) -> np.ndarray:
 
 def groups_of(rows: Iterable[Row]) -> list[list[Row]]:
     """Return the rows of one network and its settings together."""
-    found: dict[tuple[str, ...], list[Row]] = {}
+    groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in _SHARED), []).append(row)
-    return list(found.values())
+        groups.setdefault(tuple(row[name] for name in _SHARED), []).append(row)
+    return list(groups.values())
 
 
 def settings(rows: Sequence[Row]) -> str:

@@ -1,7 +1,7 @@
 """Low-rank networks: the epochs of a run, its row in the results file, many runs.
 
-Epochs of equal shapes share a program, whatever arm and seed they belong to. What is
-stopped goes on from its last checkpoint.
+Epochs of equal shapes share a program, whatever arm and seed they belong to. A run that
+was stopped resumes from its last checkpoint.
 """
 
 import dataclasses
@@ -22,13 +22,12 @@ from examples.experiments.low_rank.training import (
     Arm,
     Run,
     State,
-    driver,
-    factorise,
     initialise,
     layers_of,
+    make_trainer,
     matrices_of,
+    named,
     programs,
-    with_ranks,
 )
 from examples.training import supervised
 from examples.training.report import Results, Row, circumstances, joined
@@ -39,9 +38,9 @@ from orthax import diagnostics, low_rank
 
 
 class History(NamedTuple):
-    """What every epoch leaves behind; fractions are of the dense parameters."""
+    """What is recorded of every epoch; fractions are of the dense parameters."""
 
-    train_loss: np.ndarray  # (epochs,), along the way
+    train_loss: np.ndarray  # (epochs,), during the epoch
     train_accuracy: np.ndarray
     validation_loss: np.ndarray  # after the epoch
     validation_accuracy: np.ndarray
@@ -50,7 +49,7 @@ class History(NamedTuple):
     step_ms: np.ndarray  # milliseconds a step, without compilation and checks
     memory_mib: np.ndarray  # arguments, images apart, and temporary arrays
     ranks: np.ndarray  # (epochs, layers), 0 where nothing is factorised
-    stability: np.ndarray  # (epochs // frequency, matrices), since the look before
+    stability: np.ndarray  # (epochs // frequency, matrices), between measurements
 
     @property
     def done(self) -> int:
@@ -61,20 +60,20 @@ class History(NamedTuple):
 def empty(run: Run) -> History:
     """Return the history before the first epoch."""
     recipe, epochs = run.recipe, run.epochs
-    looks = epochs // recipe.frequency, len(matrices_of(recipe))
+    stability = epochs // recipe.frequency, len(matrices_of(recipe))
     each = np.full((len(History._fields) - 2, epochs), np.nan)
     ranks = np.zeros((epochs, len(layers_of(recipe))), int)
-    return History(*each, ranks, np.full(looks, np.nan))
+    return History(*each, ranks, np.full(stability, np.nan))
 
 
-Tree = tuple[History, State, Any]  # the last: dense weights at the last look
+Tree = tuple[History, State, Any]  # the last: dense weights at the last measurement
 
 
 def train(
     run: Run,
     data: Dataset,
     limits: Limits = Limits(),
-    told: Callable[[int, History], None] = lambda epoch, history: None,
+    report: Callable[[int, History], None] = lambda epoch, history: None,
     finish: Callable[[Tree], None] = lambda tree: None,
 ) -> Tree:
     """Train one network, of any arm but a truncated one.
@@ -82,10 +81,10 @@ def train(
     Args:
       run: which.
       data: of which the test images are not read.
-      limits: when to stop, and where to leave what is not finished; networks of full
+      limits: when to stop, and where to keep checkpoints; those of networks of full
         rank that are tested stay there, to be truncated.
-      told: is given the history after every epoch.
-      finish: is given what is returned, before the checkpoint is deleted.
+      report: called with the epoch and the history after every epoch.
+      finish: called with what is returned, before the checkpoint is deleted.
 
     Raises:
       OutOfTime: after the deadline.
@@ -94,61 +93,56 @@ def train(
     steps = len(data.train.labels) // recipe.batch_size
     _, epoch_of, evaluate = programs(recipe)
     images = sum(x.nbytes for x in data.train)
-    looks = run.chosen != "grid" and run.arm.arm != "fixed"
+    measures = run.chosen != "grid" and run.arm.arm != "fixed"
+    trainer = make_trainer(recipe, 1.0, run.arm)
 
     def step(epoch: int, tree: Tree) -> Tree:
         history, state, before = tree
         if run.arm.arm == "oialr":
-            checked = driver(recipe, 1.0, run.arm, steps).check(state.training)
-            state = state._replace(training=checked)
+            state = state._replace(training=trainer.check(state.training, epoch))
         weights = state.training.weights
         history.ranks[epoch] = list(low_rank.ranks(weights).values()) or 0
         rates = run.rates(steps, epoch)
         arguments = state, jax.random.fold_in(key, epoch + 1), rates, data.train
         program = compiled(epoch_of, *arguments)
-        now = {"trainable": low_rank.trainable_fraction(weights)}
-        now["stored"] = low_rank.stored_fraction(weights)
-        now["memory_mib"] = _bytes(program, images) / 2**20
-        begun = time.perf_counter()
+        values = low_rank.fractions(weights)
+        values["memory_mib"] = _bytes(program, images) / 2**20
+        start = time.perf_counter()
         state, dense, sums = jax.block_until_ready(program(*arguments))
-        now["step_ms"] = 1e3 * (time.perf_counter() - begun) / steps
+        values["step_ms"] = 1e3 * (time.perf_counter() - start) / steps
         plain = supervised.State(state.graphdef, dense, state.statistics, ())
-        held = evaluate(plain, data.validation)
-        names = History._fields[:4]
-        now |= dict(zip(names, map(float, (*sums, *held)), strict=True))
-        for name, value in now.items():
+        scores = map(float, (*sums, *evaluate(plain, data.validation)))
+        values |= dict(zip(History._fields[:4], scores, strict=True))
+        for name, value in values.items():
             getattr(history, name)[epoch] = value
-        look, rest = divmod(epoch + 1, recipe.frequency)
-        if not rest and looks:
-            found = diagnostics.basis_stability(before, dense)
-            history.stability[look - 1] = [float(x.mean()) for x in found.values()]
+        count, rest = divmod(epoch + 1, recipe.frequency)
+        if not rest and measures:
+            cosines = diagnostics.basis_stability(before, dense).values()
+            history.stability[count - 1] = [float(x.mean()) for x in cosines]
             before = dense
-        told(epoch, history)
+        report(epoch, history)
         return history, state, before
 
     def form(leaves: list[Any]) -> Tree:
         history = History(*leaves[: len(History._fields)])
-        state = first
-        if (ranks := history.ranks[history.done - 1]).any():
-            params = low_rank.materialise(first.training.weights)
-            training = with_ranks(params, recipe, ranks.tolist())
-            state = state._replace(training=training)
-        return history, state, start[2]
+        ranks = named(recipe, history.ranks[history.done - 1].tolist())
+        training = trainer.target(initial, ranks)
+        return history, first._replace(training=training), initial
 
-    first = initialise(run, steps)
-    # The first epoch gives its state away.
+    first = initialise(run)
+    # The first epoch donates its state.
     initial = jax.tree.map(jnp.copy, low_rank.materialise(first.training.weights))
-    start = empty(run), first, initial
+    tree = empty(run), first, initial
     keep = run.arm.arm == "full" and run.chosen != "grid"
     options = {"finish": finish, "is_over": is_lost, "form": form, "keep": keep}
-    return train_epochs([run], step, start, limits, **options)
+    return train_epochs([run], step, tree, limits, **options)
 
 
 def is_lost(tree: Tree) -> bool:
     """Return whether training has diverged."""
     history = tree[0]
-    seen = history.train_loss, history.validation_loss
-    return not all(np.isfinite(x[: history.done]).all() for x in seen)
+    losses = history.train_loss, history.validation_loss
+    return not all(np.isfinite(x[: history.done]).all() for x in losses)
 
 
 def _bytes(program: Any, images: int) -> float:
@@ -160,21 +154,21 @@ def _bytes(program: Any, images: int) -> float:
 
 
 def truncate(run: Run, tree: Tree, data: Dataset) -> Tree:
-    """Return a trained network of full rank cut to the ranks of a run.
+    """Return a trained network of full rank truncated to the ranks of a run.
 
-    What it says of validation and fractions stands at the last epoch.
+    Validation scores and fractions are those of the last epoch.
     """
     _, state, before = tree
-    weights = factorise(state.training.trainable, run.recipe, run.arm.ranks)
+    params, ranks = state.training.weights.trainable, run.arm.ranks
+    training = make_trainer(run.recipe, 1.0).init(params, named(run.recipe, ranks))
     history = empty(run)
-    history.ranks[-1] = run.arm.ranks
-    history.trainable[-1] = low_rank.trainable_fraction(weights)
-    history.stored[-1] = low_rank.stored_fraction(weights)
-    dense = low_rank.materialise(weights)
+    history.ranks[-1] = ranks
+    for name, value in low_rank.fractions(training.weights).items():
+        getattr(history, name)[-1] = value
+    dense = low_rank.materialise(training.weights)
     plain = supervised.State(state.graphdef, dense, state.statistics, ())
-    held = programs(run.recipe)[2](plain, data.validation)
-    history.validation_loss[-1], history.validation_accuracy[-1] = map(float, held)
-    training = state.training._replace(weights=weights)
+    scores = programs(run.recipe)[2](plain, data.validation)
+    history.validation_loss[-1], history.validation_accuracy[-1] = map(float, scores)
     return history, state._replace(training=training), before
 
 
@@ -186,8 +180,8 @@ def make_row(
 ) -> Row:
     """Return the row of a finished run on so many images.
 
-    One number for each epoch, divided by spaces; `;` between the looks at the bases,
-    each with a number for every matrix.
+    One number for each epoch, separated by spaces; `;` between the measurements of
+    stability, each with a number for every matrix.
     """
     steps = images // run.recipe.batch_size
     finite = math.isfinite(history.validation_loss[-1])
@@ -226,8 +220,8 @@ def train_runs(
 ) -> list[Row | None]:
     """Train what the results file does not hold; return the rows of all `runs`.
 
-    Without `test` the rows say nothing about the test images. None for what is not
-    finished after the deadline.
+    Without `test` the rows have no test scores. None for runs that are not finished at
+    the deadline.
     """
 
     def one(together: Sequence[Run], progress: tqdm) -> None:
@@ -249,7 +243,7 @@ def _train_and_write(
     name = f"{run.recipe.model}, {run.recipe.optimiser}, {arm.arm} {arm.beta:g}"
     progress.set_description(f"{run.chosen}: {name}, seed {run.seed}")
 
-    def told(epoch: int, history: History) -> None:
+    def report(epoch: int, history: History) -> None:
         progress.update(known + epoch + 1 - progress.n)
         accuracy, trains = history.validation_accuracy, history.trainable
         postfix = f"accuracy {accuracy[epoch]:.3f}, {100 * trains[epoch]:.0f} % trains"
@@ -268,5 +262,5 @@ def _train_and_write(
         tree = train(dataclasses.replace(run, arm=Arm()), data, limits)
         finish(tree if is_lost(tree) else truncate(run, tree, data))
     else:
-        train(run, data, limits, told, finish)
+        train(run, data, limits, report, finish)
     progress.update(known + run.epochs - progress.n)

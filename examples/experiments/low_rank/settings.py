@@ -9,14 +9,14 @@ from examples.experiments.low_rank.training import Model, Recipe
 from examples.training.optimisers import Optimiser
 from examples.training.study import Study
 
-NO_CUT = 1e-6  # a threshold that nothing lies below
+NO_CUT = 1e-6  # a threshold below every singular value
 Part = Literal["truncated", "fixed", "joint", "orthogonal"]
 PARTS: tuple[Part, ...] = Part.__args__
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(Study):
-    """What both data sets can be told."""
+    """Settings of both data sets."""
 
     models: tuple[Model, ...]
     """Networks to train."""
@@ -27,20 +27,20 @@ class Settings(Study):
     delay: int = 6
     """Epochs before weights are converted."""
     delays: tuple[int, ...] = (3, 6, 12)
-    """Those to choose from where delay, threshold and rate are tuned together."""
+    """Candidates where delay, threshold and learning rate are tuned together."""
     frequency: int = 3
-    """Epochs between two checks, and between two looks at the stability of bases."""
+    """Epochs between two checks, and two measurements of the stability of bases."""
     layer_step: float = 0.0
     """Fraction of the layers that a check adds, from the output; 0 for all at once."""
     rank_multiple: int = 8
     """Ranks are rounded up to multiples, for fewer compilations; the paper has 1."""
     moments: Literal["rotate", "slice", "zero"] = "rotate"
-    """What becomes of the optimiser's moments; the authors' code slices them."""
+    """How the optimiser's moments are converted; the authors' code slices them."""
     optimiser: Optimiser = "adam"
-    """Of all arms but those with the orthogonal step, which have `orthogonal_sgd`."""
+    """For all arms without the orthogonal step, which has `orthogonal_sgd`."""
     grid: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     orthogonal_grid: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
-    """Those of the arms with the orthogonal step."""
+    """For the arms with the orthogonal step."""
     orthogonal_beta: float = 0.3
     """Threshold of OIALR with the orthogonal step."""
     tuning_seeds: int = 2
@@ -48,7 +48,7 @@ class Settings(Study):
     weight_decay: float = 0.0
     """On every parameter that trains."""
     checkpoints: Path = Path("runs/low_rank")
-    """Folder of what is not finished, and of networks to be cut."""
+    """Folder of unfinished runs, and of networks to be truncated."""
 
     def __post_init__(self):
         super().__post_init__()

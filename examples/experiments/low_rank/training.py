@@ -1,9 +1,9 @@
 """The trainer of low-rank networks: what a run is, its networks, state and steps.
 
 To be read from top to bottom; `examples/low_rank.py` is the program, and the loop over
-epochs and runs is in `examples/experiments/low_rank/runs.py`. The weights are a
-`low_rank.TrainingState` from the start to the end of every run, also of full rank; the
-checks of OIALR lie between epochs, so that every epoch is one program of fixed shapes.
+epochs and runs is in `examples/experiments/low_rank/runs.py`. Every run has a
+`low_rank.TrainingState` from start to end, also at full rank; the checks of OIALR are
+between epochs, so that every epoch is one program of fixed shapes.
 """
 
 import dataclasses
@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -30,7 +29,6 @@ from orthax import components, low_rank
 
 Model = Literal["mlp", "vit", "resnet"]
 Kind = Literal["full", "oialr", "truncated", "fixed"]
-_NEVER = np.iinfo(np.int32).max
 
 # ----------------------------------------------------------------- what a run is
 
@@ -43,7 +41,7 @@ class Recipe(supervised.Recipe):
     depth: int
     heads: int  # of a transformer, else 0
     train_images: int  # the first ones; 0: all
-    frequency: int  # epochs between two checks, and between two looks at the bases
+    frequency: int  # epochs between two checks, and two measurements of stability
     layer_step: float
     rank_multiple: int
     moments: str
@@ -54,11 +52,11 @@ class Arm:
     """What is done about the rank.
 
     Attributes:
-      arm: full rank; OIALR; a trained network of full rank, cut at its end; or one
-        rank from the first step on, in the bases of the initial weights.
+      arm: full rank; OIALR; a trained network of full rank, truncated at its end; or
+        one rank from the first step on, in the bases of the initial weights.
       beta: of OIALR, or of the OIALR runs whose ranks are taken.
       delay: epochs before weights are converted.
-      ranks: of a network that is cut, or of one rank, layer by layer.
+      ranks: of a network that is truncated, or of one rank, layer by layer.
     """
 
     arm: Kind = "full"
@@ -144,39 +142,35 @@ def make_optimiser(
     )
 
 
-def driver(
-    recipe: Recipe, rate: float | jax.Array, arm: Arm = Arm(), steps: int = 1
-) -> low_rank.Training:
-    """Return OIALR's driver for an arm, with so many steps an epoch.
+def make_trainer(
+    recipe: Recipe, rate: float | jax.Array, arm: Arm = Arm()
+) -> low_rank.Trainer:
+    """Return the trainer of an arm, whose checks are counted in epochs.
 
-    The rate has no part in states and checks, nor the arm in an update.
+    Checks do not depend on the rate, nor updates on the arm.
     """
     config = low_rank.OIALR(
-        delay=arm.delay * steps,
-        frequency=recipe.frequency * steps,
-        beta=arm.beta or 0.5,  # of arms that are never checked any will do
+        delay=arm.delay,
+        frequency=recipe.frequency,
+        beta=arm.beta or 0.5,  # arms that are never checked do not use it
         keep_last=True,
         layer_step=recipe.layer_step,
         rank_multiple=recipe.rank_multiple,
     )
     tx = make_optimiser(recipe, rate)
-    return low_rank.Training(tx, config, order=order_of(recipe), moments=recipe.moments)
-
-
-def factorise(
-    params: Any, recipe: Recipe, ranks: Sequence[int] = ()
-) -> low_rank.LowRankState:
-    """Return parameters as factors of some ranks, layer by layer; without, of full."""
-    options = {"keep_last": True, "order": order_of(recipe)}
-    named = dict(zip(layers_of(recipe), ranks, strict=True)) if ranks else None
-    return low_rank.factorise(params, ranks=named, **options)
+    return low_rank.Trainer(tx, config, order=order_of(recipe), moments=recipe.moments)
 
 
 @functools.lru_cache(maxsize=32)
 def layers_of(recipe: Recipe) -> dict[str, int]:
     """Return the paths of the weights that are factorised, with their full ranks."""
-    made = jax.eval_shape(functools.partial(factorise, recipe=recipe), shapes(recipe))
-    return low_rank.ranks(made)
+    options = {"keep_last": True, "order": order_of(recipe)}
+    return low_rank.ranks(low_rank.factorise(shapes(recipe), **options))
+
+
+def named(recipe: Recipe, ranks: Sequence[int]) -> dict[str, int]:
+    """Return ranks, given layer by layer, by path; zeros are of dense networks."""
+    return dict(zip(layers_of(recipe), ranks, strict=True)) if any(ranks) else {}
 
 
 @functools.lru_cache(maxsize=32)
@@ -186,28 +180,14 @@ def matrices_of(recipe: Recipe) -> tuple[str, ...]:
     return tuple(leaf.path for leaf in leaves if leaf.cut)
 
 
-def with_ranks(
-    params: Any, recipe: Recipe, ranks: Sequence[int]
-) -> low_rank.TrainingState:
-    """Return the state of training in factors of some ranks, which nothing cuts."""
-    weights = factorise(params, recipe, ranks)
-    opt_state = make_optimiser(recipe, 1.0).init(weights.trainable)
-    zero = np.asarray(0, np.int32)
-    return low_rank.TrainingState(
-        zero, zero, np.asarray(_NEVER, np.int32), weights, opt_state
-    )
-
-
-def initialise(run: Run, steps: int) -> State:
-    """Return the state before the first step, of so many in an epoch."""
+def initialise(run: Run) -> State:
+    """Return the state before the first epoch."""
     key = jax.random.fold_in(jax.random.key(run.seed), 0)
     graphdef, params, statistics = programs(run.recipe)[0](key)
-    if run.arm.arm == "fixed":
-        return State(
-            graphdef, with_ranks(params, run.recipe, run.arm.ranks), statistics
-        )
-    training = driver(run.recipe, 1.0, run.arm, steps)
-    return State(graphdef, training.init(params), statistics)
+    trainer = make_trainer(run.recipe, 1.0, run.arm)
+    ranks = run.arm.ranks if run.arm.arm == "fixed" else ()
+    training = trainer.init(params, named(run.recipe, ranks))
+    return State(graphdef, training, statistics)
 
 
 def train_step(
@@ -215,18 +195,17 @@ def train_step(
 ) -> tuple[State, jax.Array]:
     """Return the state after a step, and the loss and hits of its batch, summed."""
     images = augmented(batch.images, key) if recipe.augment else batch.images
-    images, training = normalised(images, recipe), driver(recipe, rate)
+    images = normalised(images, recipe)
 
-    def objective(trainable: Any) -> tuple[jax.Array, tuple]:
-        params = training.params(state.training, trainable)
+    def objective(params: nnx.State) -> tuple[jax.Array, tuple]:
         logits, statistics = forward(state, params, images, 1)
         losses, hits = score(logits, batch.labels)
         return losses.mean(), (statistics, jnp.stack([losses.sum(), hits.sum()]))
 
-    gradient = jax.grad(objective, has_aux=True)
-    grads, (statistics, sums) = gradient(state.training.trainable)
-    new = training.update(state.training, grads)
-    return State(state.graphdef, new, statistics), sums
+    value_and_grad = low_rank.value_and_grad(objective, has_aux=True)
+    (_, (statistics, sums)), grads = value_and_grad(state.training.weights)
+    training = make_trainer(recipe, rate).update(state.training, grads)
+    return State(state.graphdef, training, statistics), sums
 
 
 def train_epoch(

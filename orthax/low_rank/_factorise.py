@@ -139,25 +139,13 @@ def _factorised(
 # Compiled once for each shape: called eagerly, a decomposition is compiled every time.
 @functools.partial(jax.jit, static_argnames=("cut", "rank"))
 def _decomposed(
-<<<<<<< HEAD
-    x: jax.Array, cut: components.Matricisation, ranks: tuple[int, ...]
-) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
-    """Return U, Sigma and V^T of every stack of a leaf, `(b, m, r)` and so on."""
-    factors = []
-    for stack, r in zip(cut.fold(replicated(working(x))), ranks, strict=True):
-        u, s, vt = thin_svd(stack)
-        sigma = s[:, :r, None] * jnp.eye(r, dtype=s.dtype)[None]
-        factors.append((u[:, :, :r], sigma.astype(x.dtype), vt[:, :r]))
-    return factors
-=======
     x: jax.Array, cut: components.Matricisation, rank: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return U, `(b, m, r)`, Sigma as in the trainable tree, and V^T, `(b, r, n)`."""
     (matrices,) = cut.fold(replicated(working(x)))
     u, s, vt = thin_svd(matrices)
-    sigma = s[:, :rank, None] * jnp.eye(rank, dtype=x.dtype)
+    sigma = s[:, :rank, None] * jnp.eye(rank, dtype=s.dtype)[None]
     return u[:, :, :rank], squeezed(sigma.astype(x.dtype)), vt[:, :rank]
->>>>>>> helper-low
 
 
 def materialise(state: LowRankState, trainable: Any = None) -> Any:
@@ -227,12 +215,6 @@ def value_and_grad(
         a pair of it and anything else.
       has_aux: whether `loss` returns a pair.
 
-<<<<<<< HEAD
-def masked(sigma: jax.Array, rank: Any) -> jax.Array:
-    """Return Sigmas with zeros beyond the rank in rows and columns."""
-    kept = jnp.arange(sigma.shape[-1], dtype=jnp.int32) < rank
-    return jnp.where(kept[:, None] & kept[None], sigma, 0)
-=======
     Returns:
       A function of a `LowRankState` and `*args`, which returns what `loss` does and the
       gradient, a tree like `LowRankState.trainable`.
@@ -260,4 +242,3 @@ def masked(sigma: jax.Array, rank: Any) -> jax.Array:
         return differentiated(state.trainable, state.frozen, *args)
 
     return of_state
->>>>>>> helper-low

@@ -198,25 +198,7 @@ def _rotated(
     cut: components.Matricisation,
     power: int,
 ) -> jax.Array:
-<<<<<<< HEAD
-    """Return what belongs to one stack of Sigmas, for other bases."""
-    (u, vt), (to_u, to_vt, rank), r = old, new, new[0].shape[-1]
-    kept = x[:, :r, :r]
-    if how == "zero":
-        moved = jnp.zeros_like(kept)
-    elif how == "slice":
-        moved = kept
-    else:
-        a, b = matmul(adjoint(u), to_u), matmul(vt, adjoint(to_vt))
-        moved = _by(working(x), a, b, how, rank)
-    if u.shape == to_u.shape:
-        # A leaf on which no check has worked is left alone, to the last bit.
-        changed = jnp.any(u != to_u) | jnp.any(vt != to_vt)
-        moved = jnp.where(changed, moved, kept.astype(moved.dtype))
-    return masked(moved, rank)
-=======
     """Return `A^H X B` for what mirrors a weight, or its last Sigma, X.
->>>>>>> helper-low
 
     Sharded like `sigma`; without `old` bases X is dense.
     """

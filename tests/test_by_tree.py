@@ -178,8 +178,8 @@ def test_low_rank_and_diagnostics_take_trees():
     states = [low_rank.factorise(params, rule) for rule in (PREFIX, BY_PATH)]
     jax.tree.map(np.testing.assert_array_equal, *states)
     config = low_rank.OIALR(delay=1, frequency=1)
-    trainings = [low_rank.Training(SGD(), config, r) for r in (PREFIX, BY_PATH)]
-    assert trainings[0].rule == ByTree(PREFIX)
+    trainers = [low_rank.Trainer(SGD(), config, r) for r in (PREFIX, BY_PATH)]
+    assert trainers[0].rule == ByTree(PREFIX)
     rule = low_rank.with_sigmas(params, PREFIX)
     assert hash(rule) and rule.resolve("mlp/0/w", params["mlp"][0]["w"]) == DENSE
 
@@ -341,7 +341,6 @@ def test_a_cut_that_does_not_fit_names_the_leaf():
         ),
         (nnx.Linear(2, 2, rngs=nnx.Rngs(0)), TypeError, ("is of type",)),
     ],
-    ids=str,
 )
 def test_what_is_no_tree_of_cuts(rule, error, texts):
     with pytest.raises(error) as caught:

@@ -1261,7 +1261,9 @@ SCALES = (
     transforms.RMSMatch(0.25),
     transforms.ConvSpectral(),
 )
-PER_HEAD = components.ByName(attention="per_head", stacked=("experts",))
+PER_HEAD = components.ByName(
+    attention="per_head", stacked=("experts",), unmatched="ignore"
+)
 
 
 def by_path(*args, **kwargs):

@@ -613,7 +613,7 @@ def test_orthogonalise_sigma():
     rule = components.ByName(stacked=("layers",), attention="per_head")
     params = {
         "conv": {"kernel": random((1, 2, 3, 6))},
-        "query": {"kernel": random((6, 3, 6))},
+        "query": {"kernel": random((6, 3, 5))},
         "layers": {"kernel": random((2, 6, 6))},
         "head": {"kernel": random((30, 2))},
         "bias": random((5,)),

@@ -4,6 +4,10 @@ from orthax.components._axes import along_axes as along_axes
 from orthax.components._by_name import ByName as ByName
 from orthax.components._costs import Machine as Machine, Split as Split
 from orthax.components._division import Division as Division
+from orthax.components._from_function import (
+    FromFunction as FromFunction,
+    from_function as from_function,
+)
 from orthax.components._from_model import (
     FromModel as FromModel,
     from_model as from_model,

@@ -1,0 +1,275 @@
+"""Primitives that multiply: matrix products, convolutions, products by groups."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from orthax.components._uses import DATA, Product, Rule, Value, View, Walk
+from orthax.components._views import (
+    Dim,
+    Dims,
+    Piece,
+    foreign,
+    is_spread,
+    own_axes,
+    own_pieces,
+)
+
+
+class Sides(NamedTuple):
+    """What a product does with the axes of one operand, by their positions."""
+
+    contracted: Sequence[int]
+    batch: Sequence[int]
+    free: Sequence[int]
+
+    def of(self, dims: Dims) -> tuple[tuple[Piece, ...], ...]:
+        """Return the parameter's pieces contracted, batched and free."""
+        return tuple(own_pieces([dims[i] for i in part]) for part in self)
+
+
+def _sides(contracted: Sequence[int], batch: Sequence[int], rank: int) -> Sides:
+    free = [i for i in range(rank) if i not in (*contracted, *batch)]
+    return Sides(contracted, batch, free)
+
+
+def _dot(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    (lc, rc), (lb, rb) = eqn.params["dimension_numbers"]
+    left, right = values
+    a = _sides(lc, lb, len(eqn.invars[0].aval.shape))
+    b = _sides(rc, rb, len(eqn.invars[1].aval.shape))
+    n = len(lb) + len(a.free)
+    at_left = {axis: i for i, axis in enumerate([*a.batch, *a.free])}
+    at_right = dict(zip(b.batch, range(len(lb)), strict=True))
+    at_right |= {axis: n + i for i, axis in enumerate(b.free)}
+    return [_product(walk, eqn, (left, a, at_left), (right, b, at_right))]
+
+
+def _ragged_dot(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (lc, rc), (lb, rb) = numbers.dot_dimension_numbers
+    groups = tuple(numbers.rhs_group_dimensions)
+    if not groups or values[0].views:
+        _unknown_views(walk, values)
+        return [Value(DATA)]
+    a = _sides(lc, lb, len(eqn.invars[0].aval.shape))
+    b = _sides(rc, (*rb, *groups), len(eqn.invars[1].aval.shape))
+    n = len(lb) + len(a.free)
+    at_left = {axis: i for i, axis in enumerate([*a.batch, *a.free])}
+    at_right = dict(zip(rb, range(len(lb)), strict=True))
+    at_right |= {axis: n + i for i, axis in enumerate(b.free)}
+    return [_product(walk, eqn, (values[0], a, at_left), (values[1], b, at_right))]
+
+
+def _unknown_views(walk: Walk, values: Sequence[Value]) -> None:
+    for view in (view for value in values for view in value.views):
+        if not view.scaled:
+            walk.use(view, "unknown")
+
+
+Operand = tuple[Value, Sides, dict[int, int]]
+
+
+def _product(walk: Walk, eqn: Any, left: Operand, right: Operand) -> Value:
+    shape = eqn.outvars[0].aval.shape
+    kind = max(left[0].kind, right[0].kind)
+    views: list[View] = []
+    products: list[Product] = []
+    for this, other in ((left, right), (right, left)):
+        value, sides, at = this
+        is_data = other[0].acts or _is_fed(other[0], value)
+        fed = _is_fed(value, other[0])
+        for view in value.views:
+            out = _out(view.dims, at, shape)
+            if fed:
+                walk.end(view, "element-wise")
+                kind = DATA
+            elif other[0].hot and sides.contracted and not view.inner:
+                walk.use(view, "look-up")
+                kind = DATA
+            elif is_data:
+                kind = DATA
+                if _multiply(walk, view, sides):
+                    use = (id(eqn), view.leaf)
+                    products.append(Product(view.leaf, out, use, walk.at.depth))
+                    _stack(walk, other)
+            elif not view.scaled:
+                views.append(_composite(walk, view, sides, out, other[0]))
+        _consume(walk, value, sides)
+    signal = left[0].signal or right[0].signal
+    products = [p for p in products if own_pieces(p.dims)]
+    return Value(kind, tuple(views), tuple(products), signal=signal)
+
+
+def _is_fed(value: Value, other: Value) -> bool:
+    """Return whether of two parameters this one is what the other is applied to.
+
+    Learned queries and latents are repeated for every example, matrices are not.
+    """
+    if not value.views or not other.views or value.acts or other.acts:
+        return False
+    here = any(is_spread(view.dims) for view in value.views)
+    return here and not any(is_spread(view.dims) for view in other.views)
+
+
+def _out(dims: Dims, at: dict[int, int], shape: Sequence[int]) -> Dims:
+    out = [foreign(n) for n in shape]
+    for axis, i in at.items():
+        out[i] = dims[axis]
+    return tuple(out)
+
+
+def _multiply(walk: Walk, view: View, sides: Sides) -> bool:
+    """Record the product of a parameter and data; return whether it is a matrix's."""
+    contracted, batch, free = sides.of(view.dims)
+    inner = sum(view.inner, ())
+    if view.scaled and not (contracted and own_axes_of(free)):
+        return False
+    rows, columns = contracted, free
+    if view.inner:
+        rows, columns = (contracted, inner) if contracted else (inner, free)
+        if contracted and free:
+            walk.use(view, "unknown", primitive="a product of parameters")
+            return False
+        if not columns:
+            rows, columns = view.inner[0], sum(view.inner[1:], ())
+    if not contracted and not view.inner:
+        walk.end(view, "element-wise")
+        return False
+    fixed = (*view.fixed, *batch)
+    if not columns and not _has_unit_axis(walk, view, (*rows, *fixed)):
+        walk.end(view._replace(inner=()), "vector")
+        return False
+    weak = view.scaled == 2
+    walk.use(view, "matrix", rows=rows, columns=columns, fixed=fixed, weak=weak)
+    return not view.inner or bool(free)
+
+
+def own_axes_of(pieces: Sequence[Piece]) -> set[int]:
+    """Return the axes of pieces that are longer than one."""
+    return own_axes([Dim(0, piece.size, (piece,)) for piece in pieces])
+
+
+def _has_unit_axis(walk: Walk, view: View, used: Sequence[Piece]) -> bool:
+    """Return whether the parameter has an axis of length one to be its columns."""
+    axes = {piece.axis for piece in used}
+    shape = walk.shapes[view.leaf]
+    return any(n == 1 and i not in axes for i, n in enumerate(shape))
+
+
+def _composite(walk: Walk, view: View, sides: Sides, out: Dims, other: Value) -> View:
+    """Return a parameter in its product with another, or with a constant."""
+    contracted = sides.of(view.dims)[0]
+    if not contracted:
+        return view._replace(dims=out)
+    product = (walk.eqn.primitive.name, walk.where())
+    resized = view.resized or not other.kind
+    return view._replace(
+        dims=out, inner=(*view.inner, contracted), product=product, resized=resized
+    )
+
+
+def _stack(walk: Walk, other: Operand) -> None:
+    """Record the columns of earlier products that this one keeps apart.
+
+    The first layer of experts that all read the same input has its experts among its
+    columns; the second layer shows what they are.
+    """
+    value, sides, _ = other
+    for product in value.products:
+        for axis in sides.batch:
+            for piece in product.dims[axis].pieces:
+                if piece.axis is not None:
+                    walk.stack(product, piece, walk.eqn.primitive.name)
+
+
+def _consume(walk: Walk, value: Value, sides: Sides) -> None:
+    for product in value.products:
+        contracted = own_axes([product.dims[i] for i in sides.contracted])
+        if contracted and not product.part:
+            walk.consumed.add(product.use)
+
+
+# --- convolutions ---------------------------------------------------------------------
+
+
+def _convolution(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    image, kernel = values
+    numbers = eqn.params["dimension_numbers"]
+    out_axis, in_axis, *taps = numbers.rhs_spec
+    groups = eqn.params["feature_group_count"] * eqn.params["batch_group_count"]
+    shape = eqn.outvars[0].aval.shape
+    for view in image.views:
+        walk.end(view, "element-wise")
+    _consume(walk, image, Sides((numbers.lhs_spec[1],), (), ()))
+    kind = DATA if image.views or kernel.views else max(image.kind, kernel.kind)
+    products = []
+    for view in kernel.views:
+        dims = [foreign(n) for n in shape]
+        dims[numbers.out_spec[1]] = view.dims[out_axis]
+        if _filter(walk, eqn, view, (out_axis, in_axis, taps), groups):
+            use = (id(eqn), view.leaf)
+            products.append(Product(view.leaf, tuple(dims), use, walk.at.depth))
+    return [Value(kind, products=tuple(products), signal=image.signal)]
+
+
+def _filter(
+    walk: Walk, eqn: Any, view: View, spec: tuple[int, int, list[int]], groups: int
+) -> bool:
+    """Record a convolution's kernel; return whether it is a matrix."""
+    out_axis, in_axis, taps = spec
+    batch, columns, left = _groups(view.dims[out_axis].pieces, groups)
+    rows = own_pieces([view.dims[i] for i in sorted((*taps, in_axis))])
+    own_groups = [p for p in batch if p.axis in {c.axis for c in columns}]
+    if left is None or view.inner or view.looked:
+        walk.use(view, "unknown")
+        return False
+    inputs = own_axes([view.dims[in_axis]])
+    many = any(p.size > 1 for p in own_groups) or (batch and not own_axes_of(columns))
+    if many and not inputs:
+        walk.use(view, "depthwise")
+        return False
+    if not own_axes_of(columns) and batch:  # one output each
+        own_groups = [batch[-1]]
+        columns = (Piece(batch[-1].axis, 0, 1, 1),)
+    spatial = own_pieces([view.dims[i] for i in taps])
+    walk.use(
+        view,
+        "matrix",
+        rows=rows,
+        columns=columns,
+        fixed=(*view.fixed, *batch),
+        groups=bool(own_groups),
+        spatial=tuple(sorted({piece.axis for piece in spatial})),
+    )
+    return True
+
+
+def _groups(
+    pieces: Sequence[Piece], groups: int
+) -> tuple[tuple[Piece, ...], tuple[Piece, ...], int | None]:
+    """Split a feature axis in what counts its groups and what is within a group."""
+    batch, rest = [], list(pieces)
+    while groups > 1 and rest:
+        piece = rest.pop(0)
+        if groups % piece.size == 0:
+            batch.append(piece)
+            groups //= piece.size
+        elif piece.size % groups == 0 and piece.step:
+            inner = piece.size // groups
+            batch.append(Piece(piece.axis, piece.start, groups, piece.step * inner))
+            rest.insert(0, Piece(piece.axis, 0, inner, piece.step))
+            groups = 1
+        else:
+            return (), (), None
+    if groups > 1:
+        return (), (), None
+    own = [tuple(p for p in part if p.axis is not None) for part in (batch, rest)]
+    return own[0], own[1], 1
+
+
+PRODUCTS: dict[str, Rule] = {
+    "dot_general": _dot,
+    "ragged_dot_general": _ragged_dot,
+    "ragged_dot": _ragged_dot,
+    "conv_general_dilated": _convolution,
+}

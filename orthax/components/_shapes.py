@@ -1,0 +1,410 @@
+"""Primitives that move what they are given: reshapes, slices, look-ups."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from orthax.components._uses import (
+    DATA,
+    PARAMETER,
+    Part,
+    Product,
+    Rule,
+    Value,
+    View,
+    Walk,
+)
+from orthax.components._views import (
+    Dim,
+    Dims,
+    Piece,
+    foreign,
+    own_axes,
+    own_pieces,
+    padded,
+    reshaped,
+    sliced,
+    spread,
+    without,
+)
+
+
+def _moved(value: Value, move: Callable[[Dims], Dims | None], **flags: Any) -> Value:
+    """Return a value after something that changes its axes alone."""
+    if value.is_plain:
+        return value._replace(**flags) if flags else value
+    views, products = [], []
+    for item, found in [(v, views) for v in value.views] + [
+        (p, products) for p in value.products
+    ]:
+        dims = move(item.dims)
+        if dims is not None:
+            found.append(item._replace(dims=dims))
+    products = [p for p in products if own_pieces(p.dims)]
+    return value._replace(views=tuple(views), products=tuple(products), **flags)
+
+
+def _reshape(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    shape = eqn.outvars[0].aval.shape
+    return [_moved(values[0], lambda dims: reshaped(dims, shape))]
+
+
+def _transpose(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    order = eqn.params["permutation"]
+    return [_moved(values[0], lambda dims: tuple(dims[i] for i in order))]
+
+
+def _squeeze(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    axes = eqn.params["dimensions"]
+    return [_moved(values[0], lambda dims: without(dims, axes))]
+
+
+def _broadcast(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    axes = [int(axis) for axis in eqn.params["broadcast_dimensions"]]
+    shape = eqn.outvars[0].aval.shape
+
+    def move(dims: Dims) -> Dims:
+        out = [foreign(n) for n in shape]
+        for axis, dim in zip(axes, dims, strict=True):
+            out[axis] = spread(dim, shape[axis])
+        return tuple(out)
+
+    return [_moved(values[0], move, known=None)]
+
+
+def _rev(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    return values
+
+
+def _tile(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    reps = eqn.params["reps"]
+
+    def move(dims: Dims) -> Dims:
+        pairs = zip(dims, reps, strict=True)
+        return tuple(
+            d if n == 1 else Dim(0, n * d.total, (Piece(None, 0, n, 1), *d.pieces))
+            for d, n in pairs
+        )
+
+    return [_moved(values[0], move)]
+
+
+# --- slices ---------------------------------------------------------------------------
+
+
+def _cut(
+    walk: Walk, value: Value, ranges: Sequence[tuple[int, int, int]], **flags: Any
+) -> Value:
+    """Return a value cut along its axes, and record where a product is."""
+    if value.is_plain:
+        return value._replace(**flags)
+
+    def move(dims: Dims) -> Dims | None:
+        cut = [sliced(d, *r) for d, r in zip(dims, ranges, strict=True)]
+        return None if None in cut else tuple(cut)
+
+    products = []
+    for product in value.products:
+        dims = move(product.dims)
+        if dims is None:
+            continue
+        pairs = zip(product.dims, dims, strict=True)
+        parts = [_record(walk, product, old, new) for old, new in pairs if old != new]
+        if own_pieces(dims):
+            part = product.part or any(parts)
+            products.append(product._replace(dims=dims, part=part))
+    out = _moved(value._replace(products=()), move, **flags)
+    return out._replace(products=tuple(products))
+
+
+def _record(walk: Walk, product: Product, old: Dim, new: Dim) -> bool:
+    """Record a part of a product's columns; return whether it is one."""
+    if old.size == new.size:
+        return False
+    found = walk.found[product.leaf].parts
+    for before, after in zip(old.pieces, new.pieces, strict=False):
+        if before == after or after.axis is None:
+            continue
+        at_once = before.axis == after.axis and before.step == after.step
+        if at_once and before.step and not _is_inner(product.dims, before):
+            lo, of = after.start, before.start
+            found[
+                Part(
+                    after.axis,
+                    lo,
+                    lo + after.size * after.step,
+                    (of, of + before.size * before.step),
+                )
+            ] = None
+    return bool(own_pieces([old]))
+
+
+def _is_inner(dims: Dims, piece: Piece) -> bool:
+    """Return whether the positions of a piece lie apart, as in each of many heads."""
+    return any(
+        other.axis == piece.axis and other.size > 1 and other.step > piece.step
+        for other in own_pieces(dims)
+    )
+
+
+def _slice(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    lo, hi = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(lo)
+    return [_cut(walk, values[0], list(zip(lo, hi, strides, strict=True)))]
+
+
+def _split(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    axis, at, found = eqn.params["axis"], 0, []
+    shape = eqn.invars[0].aval.shape
+    for size in eqn.params["sizes"]:
+        ranges = [(0, n, 1) for n in shape]
+        ranges[axis] = (at, at + size, 1)
+        found.append(_cut(walk, values[0], ranges))
+        at += size
+    return found
+
+
+def _dynamic_slice(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    value, starts = values[0], values[1:]
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    by_data = any(start.kind == DATA for start in starts)
+    if value.is_plain:
+        kind = max(value.kind, DATA if by_data else value.kind)
+        return [value._replace(kind=kind, known=None)]
+    ranges, open_ = [], []
+    for i, (n, size, start) in enumerate(zip(shape, sizes, starts, strict=True)):
+        known = 0 if n == size else start.known
+        if known is None:
+            open_.append(i)
+            ranges.append((0, n, 1))
+        else:
+            first = min(max(known + n * (known < 0), 0), n - size)
+            ranges.append((first, first + size, 1))
+    value = _cut(walk, value, ranges, known=None)
+    return [_opened(walk, value, open_, sizes, by_data)]
+
+
+def _opened(
+    walk: Walk, value: Value, axes: list[int], sizes: Sequence[int], by_data: bool
+) -> Value:
+    """Return a value of which some axes are cut nobody knows where."""
+    if not axes:
+        return value
+    views = []
+    for view in value.views:
+        gone = [view.dims[i] for i in axes]
+        dims = tuple(
+            foreign(sizes[i]) if i in axes else d for i, d in enumerate(view.dims)
+        )
+        found = view._replace(dims=dims, fixed=(*view.fixed, *own_pieces(gone)))
+        if own_axes(gone) and by_data:
+            found = found._replace(looked=_looked(walk))
+        if any(sizes[i] > 1 and own_axes([view.dims[i]]) for i in axes):
+            if by_data:
+                walk.end(found, "look-up")
+            else:
+                walk.use(view, "unknown")
+        else:
+            views.append(found)
+    return _after_look_up(walk, value._replace(products=()), views, by_data)
+
+
+def _looked(walk: Walk) -> tuple[str, str]:
+    return walk.eqn.primitive.name, walk.where()
+
+
+def _after_look_up(walk: Walk, value: Value, views: list[View], by_data: bool) -> Value:
+    """Return what a look-up gives: matrices to multiply with, or rows, which are data.
+
+    Whole matrices that are chosen are followed on; a row has no matrix in it.
+    """
+    kept = []
+    for view in views:
+        if view.looked and not view.inner and len(own_axes(view.dims)) < 2:
+            walk.end(view, "look-up")
+        else:
+            kept.append(view)
+    gone = bool(value.views) and not kept
+    kind = DATA if gone or (by_data and value.kind != PARAMETER) else value.kind
+    return value._replace(kind=kind, views=tuple(kept), known=None)
+
+
+def _gather(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    value, index = values[0], values[1]
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    by_data = index.kind == DATA
+    if not value.views:
+        kind = max(value.kind, index.kind)
+        return [Value(kind, signal=value.signal or index.signal)]
+    shape = eqn.outvars[0].aval.shape
+    batched = getattr(numbers, "operand_batching_dims", ())
+    gone = (*numbers.collapsed_slice_dims, *batched)
+    kept = [i for i in range(len(sizes)) if i not in gone]
+    views = []
+    for view in value.views:
+        dims = [foreign(n) for n in shape]
+        fixed = [view.dims[i] for i in gone]
+        for at, i in zip(numbers.offset_dims, kept, strict=True):
+            if sizes[i] == view.dims[i].total:
+                dims[at] = view.dims[i]
+            else:
+                fixed.append(view.dims[i])
+        at_one = by_data or shape != tuple(sizes[i] for i in kept)
+        views.append(
+            view._replace(
+                dims=tuple(dims),
+                fixed=(*view.fixed, *own_pieces(fixed)),
+                looked=_looked(walk) if at_one or len(own_axes(dims)) < 2 else None,
+            )
+        )
+    return [_after_look_up(walk, Value(value.kind), views, by_data)]
+
+
+def _updated(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    """Writing into an array: what is written is not followed."""
+    is_slice = eqn.primitive.name == "dynamic_update_slice"
+    operand, update = values[0], values[1 if is_slice else 2]
+    for view in update.views:
+        if not view.scaled:
+            walk.use(view, "unknown")
+    kind = max(value.kind for value in values)
+    if kind == DATA:
+        for view in operand.views:
+            walk.end(view, "element-wise")
+        return [Value(DATA)]
+    return [Value(kind, operand.views, signal=operand.signal or update.signal)]
+
+
+# --- joining --------------------------------------------------------------------------
+
+
+def _concatenate(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    axis = eqn.params["dimension"]
+    total = eqn.outvars[0].aval.shape[axis]
+    kind = max(value.kind for value in values)
+    views: list[View] = []
+    products: list[Product] = []
+    at = 0
+    for atom, value in zip(eqn.invars, values, strict=True):
+        n = atom.aval.shape[axis]
+        for item in (*value.views, *value.products):
+            dim = item.dims[axis]
+            moved = Dim(at + dim.offset, total, dim.pieces)
+            item = item._replace(
+                dims=(*item.dims[:axis], moved, *item.dims[axis + 1 :])
+            )
+            (products if isinstance(item, Product) else views).append(item)
+        at += n
+    if kind == DATA:
+        for view in views:
+            walk.end(view, "element-wise")
+        views = []
+    views = _continued(views, axis)
+    products = _rejoined(walk, products, axis, total)
+    hot, signal = all(v.hot for v in values), any(v.signal for v in values)
+    return [Value(kind, tuple(views), tuple(products), hot=hot, signal=signal)]
+
+
+def _continued(views: list[View], axis: int) -> list[View]:
+    """Return the views, neighbours that continue each other made one."""
+    found: list[View] = []
+    for view in views:
+        last = found[-1] if found else None
+        if last is not None and last.leaf == view.leaf:
+            old, new = last.dims[axis], view.dims[axis]
+            same = last._replace(dims=()) == view._replace(dims=()) and all(
+                a == b
+                for i, (a, b) in enumerate(zip(last.dims, view.dims, strict=True))
+                if i != axis
+            )
+            if same and old.offset + old.size == new.offset:
+                one = _one_piece(old.pieces, new.pieces)
+                if one is not None:
+                    dim = Dim(old.offset, old.total, (one,))
+                    dims = (*view.dims[:axis], dim, *view.dims[axis + 1 :])
+                    found[-1] = view._replace(dims=dims)
+                    continue
+        found.append(view)
+    return found
+
+
+def _one_piece(left: tuple[Piece, ...], right: tuple[Piece, ...]) -> Piece | None:
+    if len(left) != 1 or len(right) != 1:
+        return None
+    (a,), (b,) = left, right
+    if a.axis != b.axis or a.axis is None or a.step != b.step or not a.step:
+        return None
+    if a.start + a.size * a.step != b.start:
+        return None
+    return a._replace(size=a.size + b.size)
+
+
+def _rejoined(
+    walk: Walk, products: list[Product], axis: int, total: int
+) -> list[Product]:
+    """Return the products, those whose parts come back to their full width whole.
+
+    So do the halves that a rotary embedding turns into each other, whatever is done
+    to them in between; the halves of a gated unit do not.
+    """
+    parts: dict[Any, set[tuple[int, int]]] = {}
+    for product in products:
+        pieces = own_pieces([product.dims[axis]])
+        if product.part and len(pieces) == 1 and pieces[0].step:
+            (p,) = pieces
+            key = (product.leaf, product.use, p.axis, p.step)
+            parts.setdefault(key, set()).add((p.start, p.start + p.size * p.step))
+    found: dict[Product, None] = {}
+    for product in products:
+        pieces = own_pieces([product.dims[axis]])
+        key = (product.leaf, product.use, *pieces[0][::3]) if len(pieces) == 1 else None
+        ends = _covered(parts.get(key, set()))
+        step = pieces[0].step if pieces else 0
+        if ends is None or ends[1] - ends[0] != total * step:
+            found[product] = None
+            continue
+        walk.found[product.leaf].joined.add((pieces[0].axis, *ends))
+        dim = Dim(0, total, (Piece(pieces[0].axis, ends[0], total, step),))
+        dims = (*product.dims[:axis], dim, *product.dims[axis + 1 :])
+        found[product._replace(dims=dims, part=False)] = None
+    return list(found)
+
+
+def _covered(ranges: set[tuple[int, int]]) -> tuple[int, int] | None:
+    """Return the two ends of ranges that fill what is between them."""
+    if len(ranges) < 2:
+        return None
+    lo, end = min(ranges)[0], None
+    for a, b in sorted(ranges):
+        if end is not None and a > end:
+            return None
+        end = b if end is None else max(end, b)
+    return lo, end
+
+
+def _pad(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
+    config = eqn.params["padding_config"]
+
+    def move(dims: Dims) -> Dims | None:
+        found = [padded(d, *c) for d, c in zip(dims, config, strict=True)]
+        return None if None in found else tuple(found)
+
+    return [_moved(values[0], move, hot=False, iota=False)]
+
+
+SHAPES: dict[str, Rule] = {
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "broadcast_in_dim": _broadcast,
+    "expand_dims": _reshape,
+    "rev": _rev,
+    "tile": _tile,
+    "slice": _slice,
+    "split": _split,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _gather,
+    "dynamic_update_slice": _updated,
+    **dict.fromkeys(("scatter", "scatter_add", "scatter-add", "scatter_mul"), _updated),
+    "concatenate": _concatenate,
+    "pad": _pad,
+}

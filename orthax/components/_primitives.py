@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from orthax.components._products import PRODUCTS
-from orthax.components._shapes import SHAPES
+from orthax.components._shapes import SHAPES, moved
 from orthax.components._uses import (
     CONSTANT,
     DATA,
@@ -15,7 +15,15 @@ from orthax.components._uses import (
     View,
     Walk,
 )
-from orthax.components._views import Dim, Dims, fitted, foreign, is_spread, own_axes
+from orthax.components._views import (
+    Dim,
+    Dims,
+    fitted,
+    foreign,
+    is_spread,
+    own_axes,
+    spread,
+)
 
 
 def _names(text: str) -> frozenset[str]:
@@ -91,8 +99,8 @@ def _elementwise(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
         return [out] * len(eqn.outvars)
     shape, same = eqn.outvars[0].aval.shape, []
     for atom, value in zip(eqn.invars, values, strict=True):
-        if getattr(atom.aval, "shape", ()) == shape:
-            same.append(value)
+        if len(getattr(atom.aval, "shape", ())) == len(shape):
+            same.append(moved(value, lambda dims: tuple(map(spread, dims, shape))))
         else:
             _ends(walk, [value], "element-wise")
     views = _kept_views(walk, name, same, out.kind)

@@ -1,5 +1,6 @@
 """Primitives that multiply: matrix products, convolutions, products by groups."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -76,6 +77,7 @@ def _product(walk: Walk, eqn: Any, left: Operand, right: Operand) -> Value:
     products: list[Product] = []
     for this, other in ((left, right), (right, left)):
         value, sides, at = this
+        times = math.prod(shape[other[2][i]] for i in other[1].free)
         is_data = other[0].acts or _is_fed(other[0], value)
         fed = _is_fed(value, other[0])
         for view in value.views:
@@ -88,13 +90,13 @@ def _product(walk: Walk, eqn: Any, left: Operand, right: Operand) -> Value:
                 kind = DATA
             elif is_data:
                 kind = DATA
-                if _multiply(walk, view, sides):
+                if _multiply(walk, view, sides, times):
                     use = (id(eqn), view.leaf)
                     products.append(Product(view.leaf, out, use, walk.at.depth))
                     _stack(walk, other)
             elif not view.scaled:
                 views.append(_composite(walk, view, sides, out, other[0]))
-        _consume(walk, value, sides)
+        products += _passed(walk, this, other, shape)
     signal = left[0].signal or right[0].signal
     products = [p for p in products if own_pieces(p.dims)]
     return Value(kind, tuple(views), tuple(products), signal=signal)
@@ -118,30 +120,50 @@ def _out(dims: Dims, at: dict[int, int], shape: Sequence[int]) -> Dims:
     return tuple(out)
 
 
-def _multiply(walk: Walk, view: View, sides: Sides) -> bool:
+def _multiply(walk: Walk, view: View, sides: Sides, times: int) -> bool:
     """Record the product of a parameter and data; return whether it is a matrix's."""
-    contracted, batch, free = sides.of(view.dims)
-    inner = sum(view.inner, ())
-    if view.scaled and not (contracted and own_axes_of(free)):
+    rows, batch, columns = sides.of(view.dims)
+    if view.scaled and not (rows and own_axes_of(columns)):
         return False
-    rows, columns = contracted, free
     if view.inner:
-        rows, columns = (contracted, inner) if contracted else (inner, free)
-        if contracted and free:
-            walk.use(view, "unknown", primitive="a product of parameters")
-            return False
-        if not columns:
-            rows, columns = view.inner[0], sum(view.inner[1:], ())
-    if not contracted and not view.inner:
-        walk.end(view, "element-wise")
-        return False
+        return _multiply_composite(walk, view, sides, times)
     fixed = (*view.fixed, *batch)
-    if not columns and not _has_unit_axis(walk, view, (*rows, *fixed)):
-        walk.end(view._replace(inner=()), "vector")
+    if not rows:
+        walk.end(view, "element-wise")
+    elif not columns and not _has_unit_axis(walk, view, (*rows, *fixed)):
+        walk.end(view, "vector")
+    else:
+        sort = {"rows": rows, "columns": columns, "fixed": fixed, "times": times}
+        walk.use(view, "matrix", weak=view.scaled == 2, **sort)
+        return True
+    return False
+
+
+def _multiply_composite(walk: Walk, view: View, sides: Sides, times: int) -> bool:
+    """Record the product of data with a product of parameters, for one of these.
+
+    Whichever axes meet the data are the rows: x (A B) is (x A) B.
+    """
+    contracted, batch, free = sides.of(view.dims)
+    free = tuple(piece for piece in free if piece not in view.batch)
+    inner = sum(view.inner, ())
+    if contracted and free:
+        walk.use(view, "unknown", primitive="a product of parameters")
         return False
-    weak = view.scaled == 2
-    walk.use(view, "matrix", rows=rows, columns=columns, fixed=fixed, weak=weak)
-    return not view.inner or bool(free)
+    rows, columns = (contracted, inner) if contracted else (inner, free)
+    if not columns:
+        rows, columns = view.inner[0], sum(view.inner[1:], ())
+    walk.use(
+        view,
+        "matrix" if columns else "vector",
+        rows=rows,
+        columns=columns,
+        fixed=(*view.fixed, *view.batch, *batch),
+        weak=True,
+        times=times,
+        partners=view.partners if contracted else (),
+    )
+    return bool(free)
 
 
 def own_axes_of(pieces: Sequence[Piece]) -> set[int]:
@@ -158,13 +180,17 @@ def _has_unit_axis(walk: Walk, view: View, used: Sequence[Piece]) -> bool:
 
 def _composite(walk: Walk, view: View, sides: Sides, out: Dims, other: Value) -> View:
     """Return a parameter in its product with another, or with a constant."""
-    contracted = sides.of(view.dims)[0]
+    contracted, batch, _ = sides.of(view.dims)
     if not contracted:
         return view._replace(dims=out)
-    product = (walk.eqn.primitive.name, walk.where())
-    resized = view.resized or not other.kind
+    partners = (*view.partners, *(each.leaf for each in other.views))
     return view._replace(
-        dims=out, inner=(*view.inner, contracted), product=product, resized=resized
+        dims=out,
+        inner=(*view.inner, contracted),
+        product=(walk.eqn.primitive.name, walk.where()),
+        resized=view.resized or not other.kind,
+        batch=(*view.batch, *batch),
+        partners=tuple(dict.fromkeys(partners)),
     )
 
 
@@ -182,11 +208,27 @@ def _stack(walk: Walk, other: Operand) -> None:
                     walk.stack(product, piece, walk.eqn.primitive.name)
 
 
-def _consume(walk: Walk, value: Value, sides: Sides) -> None:
+def _passed(
+    walk: Walk, this: Operand, other: Operand, shape: Sequence[int]
+) -> list[Product]:
+    """Return the products that go through another product, as values do attention.
+
+    `vmap` puts the axes that it maps first among the batch axes; where both operands
+    are products, what stands there in both is a mapped axis of both kernels.
+    """
+    value, sides, at = this
+    found = []
     for product in value.products:
         contracted = own_axes([product.dims[i] for i in sides.contracted])
         if contracted and not product.part:
             walk.consumed.add(product.use)
+        if other[0].products:
+            for axis in sides.batch[: walk.at.depth]:
+                for piece in own_pieces([product.dims[axis]]):
+                    walk.stack(product, piece, "vmap")
+        if not contracted and not other[0].views:
+            found.append(product._replace(dims=_out(product.dims, at, shape)))
+    return found
 
 
 # --- convolutions ---------------------------------------------------------------------
@@ -200,7 +242,9 @@ def _convolution(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     shape = eqn.outvars[0].aval.shape
     for view in image.views:
         walk.end(view, "element-wise")
-    _consume(walk, image, Sides((numbers.lhs_spec[1],), (), ()))
+    for product in image.products:
+        if not product.part and own_axes([product.dims[numbers.lhs_spec[1]]]):
+            walk.consumed.add(product.use)
     kind = DATA if image.views or kernel.views else max(image.kind, kernel.kind)
     products = []
     for view in kernel.views:

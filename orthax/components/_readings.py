@@ -76,13 +76,15 @@ def read(found: Found, shape: Shape, attention: str, blocks: bool) -> Decision |
     for use, own in zip(matrices, axes, strict=True):
         if isinstance(own, str):
             return Unread(f"is {_matrix_text(use)}, where {own}")
-    first = matrices[0]
-    for use, own in zip(matrices[1:], axes[1:], strict=True):
-        if not (axes[0].same(own, shape) or _is_transposed(first, axes[0], own, shape)):
+    # A power iteration has one vector: the orientation is that of the use with most.
+    most = max(range(len(matrices)), key=lambda i: matrices[i].times)
+    first, chosen = matrices[most], axes[most]
+    for use, own in zip(matrices, axes, strict=True):
+        if not (chosen.same(own, shape) or _is_transposed(first, chosen, own, shape)):
             return Unread(f"is used in two ways: {_way(first)}, and {_way(use)}")
     if others:
         return Unread(f"is used in two ways: {_way(first)}, and {_way(others[0])}")
-    return _matrix(first, matrices, axes[0], found, shape, attention, blocks)
+    return _matrix(first, matrices, chosen, found, shape, attention, blocks)
 
 
 def _alone(uses: Sequence[Use], also_matrix: bool) -> Decision | Unread:

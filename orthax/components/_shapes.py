@@ -28,7 +28,7 @@ from orthax.components._views import (
 )
 
 
-def _moved(value: Value, move: Callable[[Dims], Dims | None], **flags: Any) -> Value:
+def moved(value: Value, move: Callable[[Dims], Dims | None], **flags: Any) -> Value:
     """Return a value after something that changes its axes alone."""
     if value.is_plain:
         return value._replace(**flags) if flags else value
@@ -45,17 +45,17 @@ def _moved(value: Value, move: Callable[[Dims], Dims | None], **flags: Any) -> V
 
 def _reshape(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     shape = eqn.outvars[0].aval.shape
-    return [_moved(values[0], lambda dims: reshaped(dims, shape))]
+    return [moved(values[0], lambda dims: reshaped(dims, shape))]
 
 
 def _transpose(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     order = eqn.params["permutation"]
-    return [_moved(values[0], lambda dims: tuple(dims[i] for i in order))]
+    return [moved(values[0], lambda dims: tuple(dims[i] for i in order))]
 
 
 def _squeeze(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     axes = eqn.params["dimensions"]
-    return [_moved(values[0], lambda dims: without(dims, axes))]
+    return [moved(values[0], lambda dims: without(dims, axes))]
 
 
 def _broadcast(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -68,7 +68,7 @@ def _broadcast(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
             out[axis] = spread(dim, shape[axis])
         return tuple(out)
 
-    return [_moved(values[0], move, known=None)]
+    return [moved(values[0], move, known=None)]
 
 
 def _rev(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -85,7 +85,7 @@ def _tile(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
             for d, n in pairs
         )
 
-    return [_moved(values[0], move)]
+    return [moved(values[0], move)]
 
 
 # --- slices ---------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def _cut(
         if own_pieces(dims):
             part = product.part or any(parts)
             products.append(product._replace(dims=dims, part=part))
-    out = _moved(value._replace(products=()), move, **flags)
+    out = moved(value._replace(products=()), move, **flags)
     return out._replace(products=tuple(products))
 
 
@@ -149,13 +149,14 @@ def _is_inner(dims: Dims, piece: Piece) -> bool:
 def _slice(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     lo, hi = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(lo)
-    return [_cut(walk, values[0], list(zip(lo, hi, strides, strict=True)))]
+    ranges = [tuple(map(int, r)) for r in zip(lo, hi, strides, strict=True)]
+    return [_cut(walk, values[0], ranges)]
 
 
 def _split(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     axis, at, found = eqn.params["axis"], 0, []
     shape = eqn.invars[0].aval.shape
-    for size in eqn.params["sizes"]:
+    for size in map(int, eqn.params["sizes"]):
         ranges = [(0, n, 1) for n in shape]
         ranges[axis] = (at, at + size, 1)
         found.append(_cut(walk, values[0], ranges))
@@ -385,10 +386,10 @@ def _pad(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     config = eqn.params["padding_config"]
 
     def move(dims: Dims) -> Dims | None:
-        found = [padded(d, *c) for d, c in zip(dims, config, strict=True)]
+        found = [padded(d, *map(int, c)) for d, c in zip(dims, config, strict=True)]
         return None if None in found else tuple(found)
 
-    return [_moved(values[0], move, hot=False, iota=False)]
+    return [moved(values[0], move, hot=False, iota=False)]
 
 
 SHAPES: dict[str, Rule] = {

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import ClosedJaxpr, Literal
 
-from orthax.components._views import Dims, Piece, whole
+from orthax.components._views import Dims, Piece, own_pieces, whole
 
 CONSTANT, PARAMETER, DATA = range(3)
 _LIBRARIES = ("jax", "jaxlib", "flax", "equinox", "haiku", "optax", "jaxtyping", "jmp")
@@ -33,6 +33,8 @@ class View(NamedTuple):
       scaled: whether the values depend on data by now; 2 if something was added.
       looked: where rows were looked up.
       resized: whether a constant was among these products.
+      batch: pieces among `dims` that were a batch in these products.
+      partners: the other parameters of these products.
     """
 
     leaf: int
@@ -43,6 +45,8 @@ class View(NamedTuple):
     scaled: int = 0
     looked: tuple[str, str] | None = None
     resized: bool = False
+    batch: tuple[Piece, ...] = ()
+    partners: tuple[int, ...] = ()
 
 
 class Product(NamedTuple):
@@ -102,6 +106,8 @@ class Use(NamedTuple):
       spatial: the axes of a convolution's taps.
       weak: whether it counts only if there is no other (products of parameters alone,
         and backward passes).
+      times: how many vectors it is applied to.
+      partners: the parameters that it was multiplied with before.
     """
 
     leaf: int
@@ -114,6 +120,8 @@ class Use(NamedTuple):
     groups: bool = False
     spatial: tuple[int, ...] = ()
     weak: bool = False
+    times: int = 1
+    partners: tuple[int, ...] = ()
 
 
 class Part(NamedTuple):
@@ -188,14 +196,13 @@ class Walk:
 
     def _end_composite(self, view: View) -> None:
         primitive, where = view.product
-        own = tuple(p for d in view.dims for p in d.pieces if p.axis is not None)
+        own = tuple(p for p in own_pieces(view.dims) if p not in view.batch)
         rows, columns = view.inner[0], sum(view.inner[1:], ()) + own
-        made = {"primitive": primitive, "where": where, "fixed": view.fixed}
+        made: dict[str, Any] = {"primitive": primitive, "where": where}
         if columns:
-            self.use(view, "matrix", rows=rows, columns=columns, weak=True, **made)
-        else:
-            made.pop("fixed")
-            self.use(view, "vector", weak=True, **made)
+            fixed = (*view.fixed, *view.batch)
+            made |= {"rows": rows, "columns": columns, "fixed": fixed}
+        self.use(view, "matrix" if columns else "vector", weak=True, **made)
 
     # --- the walk ---------------------------------------------------------------------
 
@@ -280,7 +287,25 @@ def uses_of(
             walk.leave(product)
         for view in value.views:
             walk.end(view, "returned")
-    return walk.found
+    return [_turned(own, walk.found) for own in walk.found]
+
+
+def _turned(own: Found, found: Sequence[Found]) -> Found:
+    """Return uses with the rows where another parameter meets them, if that is data.
+
+    Learned queries are parameters that act as data: they are also added to data.
+    """
+
+    def acts(leaf: int) -> bool:
+        uses = found[leaf].uses
+        return any(use.kind in ("element-wise", "scaled") for use in uses)
+
+    def turn(use: Use) -> Use:
+        if use.kind == "matrix" and any(map(acts, use.partners)):
+            return use._replace(rows=use.columns, columns=use.rows)
+        return use
+
+    return own._replace(uses=dict.fromkeys(map(turn, own.uses)))
 
 
 def constant(value: Any) -> Value:

@@ -59,11 +59,11 @@ def of_linen(name, module, inputs, leaves, **options):
     return Row(f"linen {name}", build, leaves, options)
 
 
-def of_nnx(name, make, inputs, leaves, call=None, **options):
+def of_nnx(name, make, inputs, leaves, call=None, concrete=False, **options):
     inputs = inputs if isinstance(inputs, tuple) else (inputs,)
 
     def build():
-        model = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
+        model = make(nnx.Rngs(0)) if concrete else layers.nnx_model(make)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
 
         def apply(params, rest, *inputs):
@@ -1248,6 +1248,7 @@ if hasattr(nnx, "WeightNorm"):
             lambda r, norm=getattr(nnx, name): norm(nnx.Linear(6, 5, rngs=r), rngs=r),
             layers.VECTORS,
             {"layer_instance/kernel": DENSE},
+            concrete=True,
         )
         for name in ("WeightNorm", "SpectralNorm")
     ]
@@ -1484,12 +1485,17 @@ HAIKU = [
         )[0],
         layers.IMAGES,
         {
-            "conv2_d_lstm/input_to_hidden/w": CONV_FUSED4,
-            "conv2_d_lstm/hidden_to_hidden/w": CONV_FUSED4,
+            "conv2_dlstm/input_to_hidden/w": CONV_FUSED4,
+            "conv2_dlstm/hidden_to_hidden/w": CONV_FUSED4,
         },
     ),
     of_haiku("Embed", lambda x: hk.Embed(7, 5)(x), TOKENS, {"embed/embeddings": None}),
-    of_haiku("normalisations", layers.haiku_norms, layers.IMAGES, {}),
+    of_haiku(
+        "normalisations",
+        layers.haiku_norms,
+        layers.IMAGES,
+        {"batch_norm/scale": None, "batch_norm/offset": None},
+    ),
     of_haiku(
         "layer_stack",
         layers.haiku_stack,

@@ -75,7 +75,8 @@ def rule_of(eqn: Any) -> Rule:
 
 def _flags(values: Sequence[Value]) -> Value:
     kind = max((value.kind for value in values), default=CONSTANT)
-    return Value(kind, signal=any(value.signal for value in values))
+    grid = any(value.grid for value in values)
+    return Value(kind, signal=any(value.signal for value in values), grid=grid)
 
 
 def _ends(walk: Walk, values: Sequence[Value], kind: str) -> None:
@@ -188,7 +189,7 @@ def _barrier(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 def _constant(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
-    return [Value(iota=eqn.primitive.name == "iota")] * len(eqn.outvars)
+    return [Value(iota=eqn.primitive.name == "iota", grid=True)] * len(eqn.outvars)
 
 
 def _noise(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:

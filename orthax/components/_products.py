@@ -128,7 +128,7 @@ def _multiply(walk: Walk, view: View, sides: Sides, times: int) -> bool:
     if view.inner:
         return _multiply_composite(walk, view, sides, times)
     fixed = (*view.fixed, *batch)
-    if not rows:
+    if not rows or (not columns and is_spread(view.dims)):
         walk.end(view, "element-wise")
     elif not columns and not _has_unit_axis(walk, view, (*rows, *fixed)):
         walk.end(view, "vector")
@@ -188,7 +188,7 @@ def _composite(walk: Walk, view: View, sides: Sides, out: Dims, other: Value) ->
         dims=out,
         inner=(*view.inner, contracted),
         product=(walk.eqn.primitive.name, walk.where()),
-        resized=view.resized or not other.kind,
+        resized=view.resized or other.grid,
         batch=(*view.batch, *batch),
         partners=tuple(dict.fromkeys(partners)),
     )

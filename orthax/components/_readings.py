@@ -163,18 +163,19 @@ def _matrix(
 ) -> Decision:
     rows, columns = axes.rows, axes.columns
     reason = _matrix_text(use)
-    if axes.divided is None:
-        for axis, why in found.stacked.items():
-            if axis in columns and len(_long(columns, shape) - {axis}):
-                columns = tuple(c for c in columns if c != axis)
-                reason += f", axis {axis} kept apart by {why}"
+    for axis, why in found.stacked.items():
+        if axis in columns and axis != axes.divided and _long(columns, shape) != {axis}:
+            columns = tuple(c for c in columns if c != axis)
+            reason += f", axis {axis} kept apart by {why}"
     sizes: tuple[int, ...] = ()
     if blocks and axes.divided is None:
-        columns, sizes = _taken_apart(columns, _parts(uses, found, shape), shape)
+        parts = _parts(uses, found, shape)
+        rest, sizes = _taken_apart(columns, parts, shape)
         if sizes:
-            reason += f", split into {len(sizes)} blocks"
-        elif len(columns) < len(axes.columns):
-            reason += ", split along an axis of its own" * (not found.stacked)
+            reason += f", its columns split into {len(sizes)} blocks"
+        if rest != columns:
+            reason += f", split along axis {min(set(columns) - set(rest))}"
+        columns = rest
     cut = _cut(rows, columns, axes, sizes, use)
     if attention != "whole" and not use.spatial and cut.groups == 1:
         cut, reason = _by_heads(cut, shape, attention, reason)

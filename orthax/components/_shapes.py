@@ -45,7 +45,12 @@ def moved(value: Value, move: Callable[[Dims], Dims | None], **flags: Any) -> Va
 
 def _reshape(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     shape = eqn.outvars[0].aval.shape
-    return [moved(values[0], lambda dims: reshaped(dims, shape))]
+    order = eqn.params.get("dimensions") or range(len(eqn.invars[0].aval.shape))
+
+    def move(dims: Dims) -> Dims:
+        return reshaped(tuple(dims[i] for i in order), shape)
+
+    return [moved(values[0], move)]
 
 
 def _transpose(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
@@ -397,7 +402,6 @@ SHAPES: dict[str, Rule] = {
     "transpose": _transpose,
     "squeeze": _squeeze,
     "broadcast_in_dim": _broadcast,
-    "expand_dims": _reshape,
     "rev": _rev,
     "tile": _tile,
     "slice": _slice,

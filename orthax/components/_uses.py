@@ -67,6 +67,7 @@ class Value(NamedTuple):
       views: the parameters that can be seen in it.
       products: the parameters that made it.
       iota: whether it counts positions.
+      grid: whether it was made from what does.
       hot: whether it is one-hot.
       signal: whether a constant stands for data (noise, sinusoids, captured arrays).
       known: the value of an integer scalar.
@@ -76,6 +77,7 @@ class Value(NamedTuple):
     views: tuple[View, ...] = ()
     products: tuple[Product, ...] = ()
     iota: bool = False
+    grid: bool = False
     hot: bool = False
     signal: bool = False
     known: int | None = None
@@ -88,7 +90,8 @@ class Value(NamedTuple):
     @property
     def acts(self) -> bool:
         """Return whether it is what a parameter is multiplied with, not another one."""
-        return self.kind == DATA or self.signal
+        constant = self.kind == CONSTANT and (self.signal or not self.grid)
+        return self.kind == DATA or constant
 
 
 class Use(NamedTuple):

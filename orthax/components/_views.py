@@ -264,4 +264,4 @@ def spread(dim: Dim, size: int) -> Dim:
     """Return an axis of length one, repeated."""
     if dim.total == size:
         return dim
-    return Dim(0, size, (*dim.pieces, Piece(None, 0, size, 1)))
+    return foreign(size)

@@ -465,6 +465,11 @@ def row_slices(p, x, h):
     return jnp.tanh(x @ p["w"][:D] + h @ p["w"][D:])
 
 
+def rows_apart(p, x):
+    first, second = p["w"].reshape(2, D, 5)
+    return jnp.tanh(x @ first), x @ second
+
+
 def column_slices(p, x):
     return x @ p["w"][:, :6] + jnp.tanh((x @ p["w"][:, 6:])[..., :6])
 
@@ -732,6 +737,13 @@ DENSE_LAYERS = [
         {"mu": DENSE, "sigma": DENSE},
     ),
     plain("rows sliced", row_slices, {"w": shape(2 * D, 5)}, (X, X), {"w": DENSE}),
+    plain(
+        "rows apart",
+        rows_apart,
+        {"w": shape(2 * D, 5)},
+        X,
+        {"w": Cut((0,), (1,), blocks=2, split="rows")},
+    ),
     plain(
         "columns sliced",
         column_slices,

@@ -108,7 +108,7 @@ def _elementwise(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
     composite = any(view.inner for value in same for view in value.views)
     if composite and not any(view.inner for view in views):
         out = out._replace(kind=DATA)
-    out = out._replace(views=views, products=_joint_products(walk, same))
+    out = out._replace(views=views, products=_joint_products(walk, name, same))
     return [out] * len(eqn.outvars)
 
 
@@ -138,12 +138,16 @@ def _kept(walk: Walk, name: str, view: View, data: bool) -> View | None:
     return view._replace(scaled=2 if adds else 1)
 
 
-def _joint_products(walk: Walk, values: list[Value]) -> tuple[Product, ...]:
+def _joint_products(walk: Walk, name: str, values: list[Value]) -> tuple[Product, ...]:
+    """Return the products in a result; once multiplied on, they are in no sum."""
     found = {product: None for value in values for product in value.products}
-    if sum(bool(value.products) for value in values) > 1 and any(
-        product.use in walk.consumed for product in found
-    ):
-        return ()
+    if sum(bool(value.products) for value in values) > 1:
+        if any(product.use in walk.consumed for product in found):
+            return ()
+        if name in ("add", "add_any", "sub"):
+            leaves = [product.leaf for product in found]
+            for leaf in {leaf for leaf in leaves if leaves.count(leaf) > 1}:
+                walk.found[leaf].summed = True
     return tuple(found) if len(found) <= _LIMIT else ()
 
 

@@ -123,10 +123,10 @@ def _out(dims: Dims, at: dict[int, int], shape: Sequence[int]) -> Dims:
 def _multiply(walk: Walk, view: View, sides: Sides, times: int) -> bool:
     """Record the product of a parameter and data; return whether it is a matrix's."""
     rows, batch, columns = sides.of(view.dims)
-    if view.scaled and not (rows and own_axes_of(columns)):
-        return False
     if view.inner:
         return _multiply_composite(walk, view, sides, times)
+    if view.scaled and not (rows and own_axes_of(columns)):
+        return False
     fixed = (*view.fixed, *batch)
     if not rows or (not columns and is_spread(view.dims)):
         walk.end(view, "element-wise")
@@ -266,6 +266,9 @@ def _filter(
     own_groups = [p for p in batch if p.axis in {c.axis for c in columns}]
     if left is None or view.inner or view.looked:
         walk.use(view, "unknown")
+        return False
+    if not rows:
+        walk.end(view, "element-wise")
         return False
     inputs = own_axes([view.dims[in_axis]])
     many = any(p.size > 1 for p in own_groups) or (batch and not own_axes_of(columns))

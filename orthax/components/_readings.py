@@ -7,6 +7,7 @@ from typing import NamedTuple
 from orthax.components._matricisation import Matricisation
 from orthax.components._rule import Decision
 from orthax.components._uses import Found, Part, Use
+from orthax.components._views import Piece
 
 Shape = tuple[int, ...]
 _ALONE = {
@@ -176,7 +177,13 @@ def _matrix(
         if rest != columns:
             reason += f", split along axis {min(set(columns) - set(rest))}"
         columns = rest
-    cut = _cut(rows, columns, axes, sizes, use)
+    split = "columns"
+    if blocks and axes.divided is None and not sizes and not found.summed:
+        sizes = _rows_apart(rows, uses, shape)
+        if sizes:
+            split = "rows"
+            reason += f", its rows used apart in {len(sizes)} blocks"
+    cut = _cut(rows, columns, axes, sizes, split, use)
     if attention != "whole" and not use.spatial and cut.groups == 1:
         cut, reason = _by_heads(cut, shape, attention, reason)
     return Decision(cut, reason)
@@ -187,6 +194,7 @@ def _cut(
     columns: tuple[int, ...],
     axes: _Axes,
     sizes: tuple[int, ...],
+    split: str,
     use: Use,
 ) -> Matricisation:
     spatial = tuple(axis for axis in use.spatial if axis in rows)
@@ -205,7 +213,7 @@ def _cut(
         return Matricisation(rows, columns, spatial=spatial)
     equal = len(set(sizes)) == 1
     blocks = len(sizes) if equal else sizes
-    return Matricisation(rows, columns, blocks=blocks, spatial=spatial)
+    return Matricisation(rows, columns, blocks=blocks, split=split, spatial=spatial)
 
 
 def _by_heads(
@@ -235,16 +243,27 @@ def _by_heads(
 def _parts(uses: Sequence[Use], found: Found, shape: Shape) -> list[Part]:
     """Return the column ranges used apart: of the products, and of the kernel."""
     parts = [p for p in found.parts if (p.axis, *p.of) not in found.joined]
-    for use in uses:
-        for p in use.columns:
-            whole = p.size * p.step == shape[p.axis]
-            outer = any(
-                q.axis == p.axis and q.size > 1 and q.step > p.step for q in use.columns
-            )
-            if p.step and not whole and not outer:
-                end = p.start + p.size * p.step
-                parts.append(Part(p.axis, p.start, end, (0, shape[p.axis])))
-    return parts
+    return parts + [part for use in uses for part in _of_kernel(use.columns, shape)]
+
+
+def _of_kernel(pieces: Sequence[Piece], shape: Shape) -> list[Part]:
+    """Return the contiguous parts of axes that the pieces of a kernel's side are."""
+    found = []
+    for p in pieces:
+        outer = any(q.axis == p.axis and q.size > 1 and q.step > p.step for q in pieces)
+        if p.step and p.size * p.step != shape[p.axis] and not outer:
+            end = p.start + p.size * p.step
+            found.append(Part(p.axis, p.start, end, (0, shape[p.axis])))
+    return found
+
+
+def _rows_apart(
+    rows: tuple[int, ...], uses: Sequence[Use], shape: Shape
+) -> tuple[int, ...]:
+    """Return the sizes of blocks of rows that are kernels of their own."""
+    parts = [part for use in uses for part in _of_kernel(use.rows, shape)]
+    kept, sizes = _taken_apart(rows, parts, shape)
+    return sizes if kept == rows else ()
 
 
 def _taken_apart(

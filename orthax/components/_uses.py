@@ -4,6 +4,7 @@ The walk knows shapes alone. It says which axes of a parameter a product contrac
 how the product's columns are taken apart; what follows from it is for a rule to say.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from orthax.components._views import Dims, Piece, own_pieces, whole
 CONSTANT, PARAMETER, DATA = range(3)
 _LIBRARIES = ("jax", "jaxlib", "flax", "equinox", "haiku", "optax", "jaxtyping", "jmp")
 _LIBRARIES += ("beartype", "einops", "chex", "quax", "orthax")
-_IN_CALLS = ("pjit.py",)
+_CALLS = ("_run_python_pjit", "_python_pjit_helper", "cache_miss")
 _IN_BINDS = ("pjit.py", "core.py", "partial_eval.py", "source_info_util.py")
 _IN_BINDS += ("traceback_util.py", "profiler.py")
 
@@ -136,7 +137,8 @@ class Part(NamedTuple):
     of: tuple[int, int]
 
 
-class Found(NamedTuple):
+@dataclasses.dataclass
+class Found:
     """All that a program says of one parameter.
 
     Attributes:
@@ -144,12 +146,14 @@ class Found(NamedTuple):
       parts: what was cut out of its products.
       joined: ranges whose parts were put together again.
       stacked: column axes that later products keep apart, one matrix for each position.
+      summed: whether two of its products were added, as those of parts of its rows.
     """
 
-    uses: dict[Use, None]
-    parts: dict[Part, None]
-    joined: set[tuple[int, int, int]]
-    stacked: dict[int, str]
+    uses: dict[Use, None] = dataclasses.field(default_factory=dict)
+    parts: dict[Part, None] = dataclasses.field(default_factory=dict)
+    joined: set[tuple[int, int, int]] = dataclasses.field(default_factory=set)
+    stacked: dict[int, str] = dataclasses.field(default_factory=dict)
+    summed: bool = False
 
 
 class Context(NamedTuple):
@@ -165,7 +169,7 @@ class Walk:
 
     def __init__(self, shapes: Sequence[tuple[int, ...] | None]):
         self.shapes = shapes
-        self.found = [Found({}, {}, set(), {}) for _ in shapes]
+        self.found = [Found() for _ in shapes]
         self.consumed: set[tuple[Any, ...]] = set()
         self.eqn: Any = None
         self.at = Context()
@@ -308,7 +312,7 @@ def _turned(own: Found, found: Sequence[Found]) -> Found:
             return use._replace(rows=use.columns, columns=use.rows)
         return use
 
-    return own._replace(uses=dict.fromkeys(map(turn, own.uses)))
+    return dataclasses.replace(own, uses=dict.fromkeys(map(turn, own.uses)))
 
 
 def constant(value: Any) -> Value:
@@ -348,7 +352,8 @@ def line_of(eqn: Any, libraries: tuple[str, ...]) -> str:
     for frame in frames:
         name = getattr(frame, "file_name", "")
         if name.startswith(libraries):
-            if name.endswith(_IN_CALLS) and inside:
+            at_call = getattr(frame, "function_name", "").endswith(_CALLS)
+            if name.endswith("pjit.py") and inside and not at_call:
                 return ""
             inside = inside or not name.endswith(_IN_BINDS)
             continue

@@ -19,7 +19,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "equinox", "haiku", "optax", "jaxtyping",
 _LIBRARIES += ("beartype", "einops", "chex", "quax", "orthax")
 _CALLS = ("_run_python_pjit", "_python_pjit_helper", "cache_miss")
 _IN_BINDS = ("pjit.py", "core.py", "partial_eval.py", "source_info_util.py")
-_IN_BINDS += ("traceback_util.py", "profiler.py")
+_IN_BINDS += ("traceback_util.py", "batching.py", "ad.py")
 
 
 class View(NamedTuple):

@@ -11,10 +11,10 @@ import numpy as np
 
 from orthax.components._by_name import check_attention
 from orthax.components._matricisation import Matricisation
+from orthax.components._program import uses_of
 from orthax.components._readings import Unread, read
 from orthax.components._rule import Decision, checked_patterns, match, not_found
 from orthax.components._tree import can_be_cut, path_string
-from orthax.components._uses import uses_of
 
 Shape = tuple[int, ...]
 

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from orthax.components._matricisation import Matricisation
+from orthax.components._program import Found, Part, Piece, Use
 from orthax.components._rule import Decision
-from orthax.components._uses import Found, Part, Use
-from orthax.components._views import Piece
 
 Shape = tuple[int, ...]
 _ALONE = {
@@ -62,9 +61,8 @@ def _long(axes: Iterable[int], shape: Shape) -> frozenset[int]:
 def read(found: Found, shape: Shape, attention: str, blocks: bool) -> Decision | Unread:
     """Return how a parameter is cut, or why that cannot be said."""
     uses = list(found.uses)
-    for use in uses:
-        if use.kind == "unknown":
-            return Unread(f"is used by {_at(use)}, which from_function cannot follow")
+    if unknown := [use for use in uses if use.kind == "unknown"]:
+        return Unread(f"is used by {_at(unknown[0])}, which cannot be followed")
     matrices = [use for use in uses if use.kind == "matrix" and not use.weak]
     others = [use for use in uses if use.kind not in ("matrix", *_BESIDE)]
     others = [use for use in others if not use.weak]
@@ -93,8 +91,7 @@ def _alone(uses: Sequence[Use], also_matrix: bool) -> Decision | Unread:
         return Unread("is not used by the program", unused=True)
     order = list(_ALONE)
     use = min(uses, key=lambda use: order.index(use.kind) if use.kind in order else 99)
-    text = f"{_ALONE.get(use.kind, use.kind)}, by {_at(use)}"
-    return Decision(None, text + ("; also multiplied" if also_matrix else ""))
+    return Decision(None, _way(use) + ("; also multiplied" if also_matrix else ""))
 
 
 def _at(use: Use) -> str:

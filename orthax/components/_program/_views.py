@@ -51,12 +51,17 @@ def foreign(size: int) -> Dim:
 
 def own_axes(dims: Sequence[Dim]) -> set[int]:
     """Return the axes of the parameter that appear at a length above one."""
-    return {piece.axis for piece in own_pieces(dims) if piece.size > 1}
+    return own_axes_of(own_pieces(dims))
 
 
 def own_pieces(dims: Sequence[Dim]) -> tuple[Piece, ...]:
     """Return the pieces that belong to the parameter."""
     return tuple(p for dim in dims for p in dim.pieces if p.axis is not None)
+
+
+def own_axes_of(pieces: Sequence[Piece]) -> set[int]:
+    """Return the axes of pieces that are longer than one."""
+    return {p.axis for p in pieces if p.axis is not None and p.size > 1}
 
 
 def is_spread(dims: Sequence[Dim]) -> bool:

@@ -504,6 +504,90 @@ def penalised(p, x):
     return jnp.sum(slope**2) + mlp(p, x).sum()
 
 
+def residual(p, x):
+    """The sum of a residual stream is taken apart, not the products in it."""
+    x = x @ p["in"]
+    a, b = jnp.split(x + mlp(p, x), 2, -1)
+    return a * jax.nn.gelu(b)
+
+
+def heads_and_parts(p, x):
+    y = (x @ p["w"]).reshape(2, 7, 2, 12)
+    a, b, c = jnp.split(y, 3, -1)
+    return a * b + c, jnp.tanh(y[:, :, 0]), jnp.exp(y[:, :, 1])
+
+
+def convolved(x, w, groups=1):
+    return lax.conv_general_dilated(
+        x,
+        w,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def penalised_groups(p, x):
+    def energy(x):
+        return jnp.sum(
+            jnp.tanh(convolved(jnp.tanh(convolved(x, p["w"], 2)), p["v"], 6))
+        )
+
+    return jnp.sum(jax.grad(energy)(x) ** 2)
+
+
+def tied_convolution(p, x):
+    y = jax.nn.relu(convolved(x, p["w"]))
+    return convolved(y, jnp.flip(p["w"], (0, 1)).swapaxes(2, 3))
+
+
+def swapped(p, x):
+    def step(_, state):
+        a, b, x = state
+        return b, a, jnp.tanh(x @ a)
+
+    return lax.fori_loop(0, 4, step, (p["a"], p["b"], x))[2]
+
+
+def cast_in_loop(p, x):
+    kernels = lax.map(lambda w: (2 * w).astype("bfloat16"), p["w"])
+    return jnp.einsum("bed,edf->bf", x, kernels)
+
+
+def kernel_rejoined(p, x):
+    """Columns masked apart, and put together again."""
+    left, right = jnp.split(p["w"], 2, 1)
+    return x @ jnp.concatenate([2 * left, 2 * right], 1)
+
+
+def lora_scaled(p, x, s):
+    return x @ p["w"] + x @ ((p["a"] @ p["b"]) * s)
+
+
+def adapted(p, x):
+    """A step of gradient descent within the program."""
+    slope = jax.grad(lambda p: jnp.mean(mlp(p, x) ** 2))(p)
+    return mlp(jax.tree.map(lambda w, g: w - 0.1 * g, p, slope), x)
+
+
+def embedded(p, tokens):
+    return by_fused(p, p["embed"][tokens])
+
+
+def embedded_once(p, token):
+    q, k, v = jnp.split(p["embed"][token] @ p["qkv"], 3, -1)
+    return jnp.tanh(q * k) + v
+
+
+def halves_by_scalar(p, x):
+    """Slices at starts that the program computes, from what it knows."""
+    y, start = x @ p["w"], jnp.int32(0)
+    a = lax.dynamic_slice_in_dim(y, start, 5, -1)
+    b = lax.dynamic_slice_in_dim(y, start + 5, 5, -1)
+    return a * jax.nn.sigmoid(b)
+
+
 def bilinear(p, x):
     return jnp.einsum("btkj,btj->btk", jnp.einsum("bti,kij->btkj", x, p["w"]), x)
 
@@ -534,14 +618,7 @@ def style(p, x, s):
     w = w * lax.rsqrt(jnp.sum(w**2, (1, 2, 3), keepdims=True) + 1e-8)
     w = jnp.moveaxis(w, 0, 3).reshape(3, 3, c, b * 5)
     x = jnp.moveaxis(x, 0, 2).reshape(1, n, m, b * c)
-    return lax.conv_general_dilated(
-        x,
-        w,
-        (1, 1),
-        "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=b,
-    )
+    return convolved(x, w, b)
 
 
 def mamba(p, x):
@@ -780,6 +857,78 @@ DENSE_LAYERS = [
         {**MLP_CUTS, "position": None},
     ),
     plain("gradient penalty", penalised, MLP, X, MLP_CUTS),
+    plain(
+        "residual stream, split",
+        residual,
+        {**MLP, "in": shape(D, D)},
+        X,
+        {**MLP_CUTS, "in": DENSE},
+    ),
+    plain(
+        "heads apart, and parts of all heads",
+        heads_and_parts,
+        {"w": shape(D, 24)},
+        X,
+        {"w": Cut((0,), (1,), blocks=2)},
+    ),
+    plain(
+        "gradient penalty, grouped and depthwise convolutions",
+        penalised_groups,
+        {"w": shape(3, 3, 2, 6), "v": shape(3, 3, 1, 12)},
+        shape(2, 6, 6, 4),
+        {"w": dataclasses.replace(CONV, groups=2), "v": None},
+    ),
+    plain(
+        "tied convolutions",
+        tied_convolution,
+        {"w": shape(3, 3, 4, 6)},
+        shape(2, 6, 6, 4),
+        {"w": CONV},
+    ),
+    plain(
+        "kernels swapped in a loop",
+        swapped,
+        square("a", "b"),
+        X,
+        {"a": DENSE, "b": DENSE},
+    ),
+    plain(
+        "kernels cast in a loop",
+        cast_in_loop,
+        {"w": shape(3, D, 5)},
+        shape(2, 3, D),
+        {"w": FROM_PAIR},
+    ),
+    plain("kernel rejoined", kernel_rejoined, square("w"), X, {"w": DENSE}),
+    plain(
+        "LoRA, scaled by data",
+        lora_scaled,
+        {"w": shape(D, 6), "a": shape(D, 2), "b": shape(2, 6)},
+        (X, shape(1, 6)),
+        dict.fromkeys("wab", DENSE),
+    ),
+    plain("adapted by a gradient", adapted, MLP, X, MLP_CUTS),
+    plain(
+        "embedding and fused attention",
+        embedded,
+        {"embed": shape(11, D), **QKV},
+        TOKENS,
+        {"embed": None, "qkv": FUSED3, "o": DENSE},
+    ),
+    plain(
+        "embedding of one token",
+        embedded_once,
+        {"embed": shape(11, D), "qkv": shape(D, 3 * D)},
+        shape(dtype="int32"),
+        {"embed": None, "qkv": FUSED3},
+    ),
+    plain(
+        "halves at known starts",
+        halves_by_scalar,
+        {"w": shape(D, 10)},
+        X,
+        {"w": Cut((0,), (1,), blocks=2)},
+    ),
     plain("bilinear", bilinear, {"w": shape(5, D, D)}, X, {"w": Cut((1,), (0, 2))}),
     plain(
         "einsums of any letters",

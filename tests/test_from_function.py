@@ -189,6 +189,21 @@ def test_reasons():
     assert "axis 0 kept apart by dot_general" in reasons["up"]
 
 
+def test_lines_are_those_of_the_call():
+    """`jnp.fft.rfft` is jitted: the second call finds what the first one traced."""
+
+    def apply(p, x):
+        y = x * jnp.fft.rfft(p["a"])
+        return y + jnp.fft.rfft(p["b"])
+
+    params = {"a": shape(D, D), "b": shape(D, D)}
+    rule = from_function(apply, params, shape(D, D // 2 + 1))
+    first = apply.__code__.co_firstlineno + 1
+    for i, name in enumerate("ab"):
+        reason = rule.decide(name, params[name]).reason
+        assert reason.endswith(f"by fft at test_from_function.py:{first + i}")
+
+
 def test_overrides_come_first():
     params = {"w": shape(D, 3), "v": shape(3, D, 2)}
     overrides = [("w", None), ("v", Cut((2,), (1,)))]
@@ -242,6 +257,13 @@ def test_matrix_that_is_also_added():
 
     message = error_of(apply, {"w": shape(D, D)}, shape(3, D, D))
     assert "contracted over (0,)" in message and "element by element, by add" in message
+
+
+def test_matrix_to_which_data_are_added():
+    """A fast weight, or positions of one example: the program does not tell."""
+    apply = lambda p, x, s: x @ (p["w"] + s)  # noqa: E731
+    message = error_of(apply, {"w": shape(D, 3)}, X, shape(D, 3))
+    assert "has data added to it, and is then contracted over (0,)" in message
 
 
 def test_unknown_primitive_raises_with_its_name():

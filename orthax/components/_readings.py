@@ -1,14 +1,20 @@
 """From the uses of a parameter to its matrices, or to what is wrong with it."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from orthax.components._blocks import (
+    Shape,
+    long_axes,
+    parts_of,
+    rows_apart,
+    taken_apart,
+)
 from orthax.components._matricisation import Matricisation
-from orthax.components._program import Found, Part, Piece, Use
+from orthax.components._program import Found, Use
 from orthax.components._rule import Decision
 
-Shape = tuple[int, ...]
 _ALONE = {
     "look-up": "a look-up",
     "depthwise": "a depthwise convolution",
@@ -19,7 +25,7 @@ _ALONE = {
     "returned": "returned as it is",
 }
 # What says nothing of a parameter that is also a matrix.
-_BESIDE = ("scaled", "statistic", "returned", "vector")
+_BESIDE = ("scaled", "adapted", "statistic", "returned", "vector")
 
 
 class Unread(NamedTuple):
@@ -49,13 +55,9 @@ class _Axes(NamedTuple):
     def same(self, other: "_Axes", shape: Shape) -> bool:
         """Return whether both are the same matrices, up to transposition."""
         mine, theirs = (
-            {_long(side, shape) for side in axes[:2]} for axes in (self, other)
+            {long_axes(side, shape) for side in axes[:2]} for axes in (self, other)
         )
         return mine == theirs and self[2:] == other[2:]
-
-
-def _long(axes: Iterable[int], shape: Shape) -> frozenset[int]:
-    return frozenset(axis for axis in axes if shape[axis] > 1)
 
 
 def read(found: Found, shape: Shape, attention: str, blocks: bool) -> Decision | Unread:
@@ -64,6 +66,9 @@ def read(found: Found, shape: Shape, attention: str, blocks: bool) -> Decision |
     if unknown := [use for use in uses if use.kind == "unknown"]:
         return Unread(f"is used by {_at(unknown[0])}, which cannot be followed")
     matrices = [use for use in uses if use.kind == "matrix" and not use.weak]
+    adapted = [use for use in uses if use.kind == "adapted"]
+    if adapted and not matrices:
+        return Unread(f"has data added to it, and is then {_matrix_text(adapted[0])}")
     others = [use for use in uses if use.kind not in ("matrix", *_BESIDE)]
     others = [use for use in others if not use.weak]
     if not matrices and not others and not any(use.kind == "scaled" for use in uses):
@@ -116,11 +121,11 @@ def _axes(use: Use, shape: Shape) -> _Axes | str:
     """Return the axes of a use, or why they are no matrix's."""
     rows = {piece.axis for piece in use.rows}
     columns = {piece.axis for piece in use.columns}
-    if both := _long(rows & columns, shape):
+    if both := long_axes(rows & columns, shape):
         return f"axis {min(both)} is on both sides of one matrix"
     rows, columns = rows - (columns & rows), columns
     divided, count = None, 1
-    for axis in sorted(_long(rows | columns, shape)):
+    for axis in sorted(long_axes(rows | columns, shape)):
         side = use.rows if axis in rows else use.columns
         own = [p for p in side if p.axis == axis]
         outer = [p for p in use.fixed if p.axis == axis and p.size > 1]
@@ -144,10 +149,10 @@ def _is_transposed(first: Use, axes: _Axes, other: _Axes, shape: Shape) -> bool:
     """Return whether a second use is the transpose of a convolution."""
     if not first.spatial:
         return False
-    taps = _long(first.spatial, shape)
-    return _long(axes.columns, shape) | taps == _long(other.rows, shape) and _long(
-        axes.rows, shape
-    ) - taps == _long(other.columns, shape)
+    taps = long_axes(first.spatial, shape)
+    return long_axes(axes.columns, shape) | taps == long_axes(
+        other.rows, shape
+    ) and long_axes(axes.rows, shape) - taps == long_axes(other.columns, shape)
 
 
 def _matrix(
@@ -162,13 +167,17 @@ def _matrix(
     rows, columns = axes.rows, axes.columns
     reason = _matrix_text(use)
     for axis, why in found.stacked.items():
-        if axis in columns and axis != axes.divided and _long(columns, shape) != {axis}:
+        if (
+            axis in columns
+            and axis != axes.divided
+            and long_axes(columns, shape) != {axis}
+        ):
             columns = tuple(c for c in columns if c != axis)
             reason += f", axis {axis} kept apart by {why}"
     sizes: tuple[int, ...] = ()
     if blocks and axes.divided is None:
-        parts = _parts(uses, found, shape)
-        rest, sizes = _taken_apart(columns, parts, shape)
+        parts = parts_of(uses, found, shape)
+        rest, sizes = taken_apart(columns, parts, shape)
         if sizes:
             reason += f", its columns split into {len(sizes)} blocks"
         if rest != columns:
@@ -176,7 +185,7 @@ def _matrix(
         columns = rest
     split = "columns"
     if blocks and axes.divided is None and not sizes and not found.summed:
-        sizes = _rows_apart(rows, uses, shape)
+        sizes = rows_apart(rows, uses, shape)
         if sizes:
             split = "rows"
             reason += f", its rows used apart in {len(sizes)} blocks"
@@ -232,69 +241,3 @@ def _by_heads(
     if attention == "per_head":
         return Matricisation(rows[-1:], columns), reason
     return Matricisation(tuple(sorted((rows[-1], *columns))), rows[:-1]), reason
-
-
-# --- blocks ---------------------------------------------------------------------------
-
-
-def _parts(uses: Sequence[Use], found: Found, shape: Shape) -> list[Part]:
-    """Return the column ranges used apart: of the products, and of the kernel."""
-    parts = [p for p in found.parts if (p.axis, *p.of) not in found.joined]
-    return parts + [part for use in uses for part in _of_kernel(use.columns, shape)]
-
-
-def _of_kernel(pieces: Sequence[Piece], shape: Shape) -> list[Part]:
-    """Return the contiguous parts of axes that the pieces of a kernel's side are."""
-    found = []
-    for p in pieces:
-        outer = any(q.axis == p.axis and q.size > 1 and q.step > p.step for q in pieces)
-        if p.step and p.size * p.step != shape[p.axis] and not outer:
-            end = p.start + p.size * p.step
-            found.append(Part(p.axis, p.start, end, (0, shape[p.axis])))
-    return found
-
-
-def _rows_apart(
-    rows: tuple[int, ...], uses: Sequence[Use], shape: Shape
-) -> tuple[int, ...]:
-    """Return the sizes of blocks of rows that are kernels of their own."""
-    parts = [part for use in uses for part in _of_kernel(use.rows, shape)]
-    kept, sizes = _taken_apart(rows, parts, shape)
-    return sizes if kept == rows else ()
-
-
-def _taken_apart(
-    columns: tuple[int, ...], parts: Sequence[Part], shape: Shape
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the columns without axes that are taken apart, and sizes of blocks."""
-    sizes: tuple[int, ...] = ()
-    for axis in columns:
-        ranges = {(part.lo, part.hi) for part in parts if part.axis == axis}
-        tiles = _tiles(0, shape[axis], ranges)
-        if len(tiles) < 2:
-            continue
-        rest = _long(columns, shape) - {axis}
-        if rest and all(hi - lo == 1 for lo, hi in tiles):
-            columns = tuple(c for c in columns if c != axis)
-        elif not any(c < axis for c in rest):
-            inner = math.prod(shape[c] for c in rest)
-            sizes = tuple((hi - lo) * inner for lo, hi in tiles)
-    return columns, sizes
-
-
-def _tiles(lo: int, hi: int, ranges: set[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the smallest ranges that fill a range, each of them cut as a whole."""
-    within = {r for r in ranges if lo <= r[0] and r[1] <= hi and r != (lo, hi)}
-    largest = sorted(
-        r
-        for r in within
-        if not any(s != r and s[0] <= r[0] and r[1] <= s[1] for s in within)
-    )
-    at = lo
-    for a, b in largest:
-        if a != at:
-            return [(lo, hi)]
-        at = b
-    if at != hi:
-        return [(lo, hi)]
-    return [tile for a, b in largest for tile in _tiles(a, b, within)]

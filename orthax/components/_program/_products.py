@@ -135,7 +135,7 @@ def _multiply(walk: Walk, view: View, sides: Sides, times: int) -> bool:
         walk.end(view, "vector")
     else:
         sort = {"rows": rows, "columns": columns, "fixed": fixed, "times": times}
-        walk.use(view, "matrix", weak=view.scaled == 2, **sort)
+        walk.use(view, "adapted" if view.scaled == 2 else "matrix", **sort)
         return True
     return False
 

@@ -150,7 +150,7 @@ def _after_look_up(walk: Walk, value: Value, views: list[View], by_data: bool) -
             walk.end(view, "look-up")
         else:
             kept.append(view)
-    gone = bool(value.views) and not kept
+    gone = bool(views) and not kept
     kind = DATA if gone or (by_data and value.kind != PARAMETER) else value.kind
     return value._replace(kind=kind, views=tuple(kept), known=None)
 

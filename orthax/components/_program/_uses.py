@@ -90,7 +90,8 @@ class Use(NamedTuple):
     Attributes:
       leaf: which parameter.
       kind: "matrix", or "look-up", "element-wise", "scaled" (element-wise, but what
-        comes of it may be used as a matrix), "statistic", "vector", "depthwise",
+        comes of it may be used as a matrix), "adapted" (a matrix to which data were
+        added before), "statistic", "vector", "depthwise",
         "returned", "unknown".
       primitive: the name of the primitive.
       where: file and line, "" if not known.

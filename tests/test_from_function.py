@@ -211,6 +211,8 @@ def test_overrides_come_first():
     rule = from_function(apply, params, X, overrides=overrides)
     assert cuts(params, rule) == {"v": Cut((2,), (1,)), "w": None}
     assert rule.unused(["w"]) == ("pattern 'v'",)
+    wrong = from_function(apply, params, X, overrides=[("w", Cut((0,), (4,)))])
+    assert "raises  Pattern 'w'" in str(wrong)
 
 
 # --- what is raised -------------------------------------------------------------------

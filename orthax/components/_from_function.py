@@ -73,14 +73,14 @@ class FromFunction:
     def __str__(self) -> str:
         """Return the table: path, shape, cut and reason of every leaf."""
         rows = []
-        for path, shape, decision in self.decisions:
-            found = match(self.overrides, path, jax.ShapeDtypeStruct(shape, "float32"))
-            decision = found or decision
-            if isinstance(decision, str):
-                rows.append((path, str(shape), "raises", decision))
-            else:
-                cut = "left alone" if decision.cut is None else str(decision.cut)
-                rows.append((path, str(shape), cut, decision.reason))
+        for path, shape, _ in self.decisions:
+            try:
+                found = self.decide(path, jax.ShapeDtypeStruct(shape, "float32"))
+            except ValueError as error:
+                rows.append((path, str(shape), "raises", str(error)))
+                continue
+            cut = "left alone" if found.cut is None else str(found.cut)
+            rows.append((path, str(shape), cut, found.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
         lines = [
             "  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip()

@@ -2,6 +2,10 @@
 
 from orthax.components._by_name import ByName as ByName
 from orthax.components._by_tree import ByTree as ByTree
+from orthax.components._from_function import (
+    FromFunction as FromFunction,
+    from_function as from_function,
+)
 from orthax.components._from_model import (
     FromModel as FromModel,
     from_model as from_model,

@@ -621,6 +621,21 @@ def style(p, x, s):
     return convolved(x, w, b)
 
 
+def conv_ensemble(p, x):
+    """Convolutional networks with one input, a depthwise and a grouped layer."""
+
+    def conv(x, w, groups=1):
+        how = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", feature_group_count=groups, **how
+        )
+
+    def one(p, x):
+        return conv(jax.nn.relu(conv(conv(x, p["a"]), p["d"], 8)), p["c"], 2)
+
+    return jax.vmap(one, in_axes=(0, None))(p, x)
+
+
 def mamba(p, x):
     x, z = jnp.split(x @ p["in"], 2, -1)
     x = lax.conv_general_dilated(
@@ -936,6 +951,21 @@ DENSE_LAYERS = [
         {"a": shape(D, 5), "b": shape(3, 5, 4)},
         X,
         {"a": DENSE, "b": Cut((1,), (0, 2))},
+    ),
+    plain(
+        "convolutional ensemble, one input",
+        conv_ensemble,
+        {
+            "a": shape(3, 3, 3, 4, 8),
+            "d": shape(3, 3, 3, 1, 8),
+            "c": shape(3, 3, 3, 4, 6),
+        },
+        shape(2, 6, 6, 4),
+        {
+            "a": Cut((1, 2, 3), (4,), spatial=(1, 2)),
+            "d": None,
+            "c": Cut((1, 2, 3), (4,), groups=2, spatial=(1, 2)),
+        },
     ),
     plain(
         "modulated convolution",

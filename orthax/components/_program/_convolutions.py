@@ -5,6 +5,7 @@ from typing import Any
 
 from orthax.components._program._uses import DATA, Product, Value, View
 from orthax.components._program._views import (
+    Dim,
     Piece,
     foreign,
     own_axes,
@@ -33,7 +34,25 @@ def _convolution(walk: Walk, eqn: Any, values: list[Value]) -> list[Value]:
         if _filter(walk, eqn, view, (out_axis, in_axis, taps), groups):
             use = (id(eqn), view.leaf)
             products.append(Product(view.leaf, tuple(dims), use, walk.at.depth))
+        for product in image.products:
+            _stack(
+                walk, product, product.dims[numbers.lhs_spec[1]], view.dims[out_axis]
+            )
     return [Value(kind, products=tuple(products), signal=image.signal)]
+
+
+def _stack(walk: Walk, product: Product, inputs: Dim, outputs: Dim) -> None:
+    """Record columns that a mapped convolution keeps apart.
+
+    `vmap` puts the axis that it maps first on the feature axes of both operands, and
+    makes groups of it.
+    """
+    if not inputs.pieces or not outputs.pieces:
+        return
+    (first, *rest), (mapped, *others) = inputs.pieces, outputs.pieces
+    apart = rest and others and mapped.axis not in {piece.axis for piece in others}
+    if apart and first.size == mapped.size and first.axis is not None:
+        walk.stack(product, first, "vmap")
 
 
 def _filter(

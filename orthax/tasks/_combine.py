@@ -53,7 +53,7 @@ def task_weights(gram: jax.typing.ArrayLike, rule: TaskRule = OSGD()) -> jax.Arr
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # the tasks are in conflict
       >>> tasks.task_weights(gram, tasks.OSGD()).tolist()
       [2.0, 1.0]
@@ -111,7 +111,7 @@ def combine_tasks(
     Example:
       >>> import jax.numpy as jnp
       >>> import optax
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> tx = optax.chain(tasks.combine_tasks(), optax.sgd(0.1))
       >>> params = {"kernel": jnp.zeros(2)}
       >>> grads = {"kernel": jnp.array([[1.0, 0.0], [-3.0, 2.0]])}  # of two tasks

@@ -30,7 +30,7 @@ class PCGrad:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
       >>> tasks.task_weights(gram, tasks.PCGrad()).tolist()
       [2.0, 1.25]
@@ -83,7 +83,7 @@ class GradVac:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
       >>> tasks.task_weights(gram, tasks.GradVac(0.0)).tolist()
       [2.0, 1.25]
@@ -166,7 +166,7 @@ class CAGrad:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
       >>> tasks.task_weights(gram, tasks.CAGrad(c=0.0)).tolist()
       [0.5, 0.5]

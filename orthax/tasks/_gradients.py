@@ -36,7 +36,7 @@ def task_value_and_grad(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> f = tasks.task_value_and_grad(lambda x: jnp.stack([x**2, 3 * x]))
       >>> values, grads = f(2.0)
       >>> values.tolist(), grads.tolist()
@@ -85,7 +85,7 @@ def combined_value_and_grad(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> losses = lambda x: jnp.stack([x[0], 2 * x[1] - 3 * x[0]])
       >>> values, grads = tasks.combined_value_and_grad(losses)(jnp.ones(2))
       >>> grads.tolist()

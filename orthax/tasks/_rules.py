@@ -38,7 +38,7 @@ class Sum:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
       >>> tasks.task_weights(gram, tasks.Sum()).tolist()
       [1.0, 1.0]
@@ -81,7 +81,7 @@ class OSGD:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
       >>> (tasks.task_weights(gram, tasks.OSGD()) @ gram).tolist()
       [1.0, 2.0]
@@ -156,7 +156,7 @@ class Symmetric:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import transforms
+      >>> from orthax import tasks
       >>> gram = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # in conflict
       >>> weights = tasks.task_weights(gram, tasks.Symmetric())
       >>> weights.tolist()

@@ -1,6 +1,7 @@
 """What somebody meets who has never seen the code: the report, what prints, errors."""
 
 import dataclasses
+import functools
 import inspect
 import re
 import subprocess
@@ -520,3 +521,40 @@ def test_a_broken_polar_factor_is_reported(monkeypatch, capsys):
     assert line.startswith("max 1e37")
     assert "nan/1e-04" in line
     assert "report all of the above" in text
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        orthax.orthogonalise,
+        functools.partial(orthax.orthogonal_sgd, 0.1),
+        functools.partial(orthax.orthogonal_adam, 0.1),
+        functools.partial(orthax.orthogonal_lars, 0.1),
+        functools.partial(orthax.muon, 0.1),
+        functools.partial(orthax.normuon, 0.1),
+    ],
+)
+def test_keys_and_float8_pass_through_optimisers(make):
+    plain = {"kernel": jnp.eye(4, 3), "bias": jnp.ones(3)}
+    odd = {"key": jax.random.key(0), "small": jnp.ones((4, 3), jnp.float8_e4m3fn)}
+    tx = make()
+    params = plain | odd
+    updates, _ = tx.update(params, tx.init(params), params)
+    alone, _ = tx.update(plain, tx.init(plain), plain)
+    assert updates["key"] is params["key"]
+    assert updates["small"].dtype == params["small"].dtype
+    for name in plain:
+        assert jnp.allclose(updates[name], alone[name])
+    assert "dtype key" in str(orthax.explain(params))
+
+
+def test_overrides_that_match_nothing_raise():
+    params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    rule = components.from_function(
+        lambda p, x: x @ p["dense"]["kernel"],
+        params,
+        jnp.ones((2, 4)),
+        overrides=[("dens/kernel", None)],
+    )
+    with pytest.raises(ValueError, match=r"dens/kernel.*near it: 'dense/kernel'"):
+        orthax.orthogonalise(rule=rule).init(params)

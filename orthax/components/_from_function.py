@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -39,6 +39,9 @@ class FromFunction:
         repr=False
     )
     overrides: tuple[tuple[str, Matricisation | None], ...] = ()
+
+    # An override that matches nothing is a mistake.
+    unmatched: ClassVar[str] = "raise"
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
         """Return the cut of the leaf at `path`."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -38,6 +38,9 @@ class FromModel:
     decisions: tuple[tuple[str, int, Said], ...] = dataclasses.field(repr=False)
     attention: str = "whole"
     overrides: tuple[tuple[str, Matricisation | None], ...] = ()
+
+    # An override that matches nothing is a mistake.
+    unmatched: ClassVar[str] = "raise"
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
         """Return the cut of the leaf at `path`."""

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from orthax.components._by_tree import ByTree
 from orthax.components._matricisation import Decision, Matricisation
 from orthax.components._paths import path_string
 from orthax.components._rule import Rule, RuleOrTree, check_rule, decide
@@ -112,7 +111,7 @@ def _unmatched(tree: Any, rule: Rule) -> list[str]:
             f"{name} of {type(rule).__name__} is in no path of this tree{near}."
         )
     advice = "orthax.explain(params, rule) lists the paths."
-    if not isinstance(rule, ByTree):
+    if hasattr(rule, "skip"):
         advice = (
             f"{advice} Names match whole components of them. For trees that need not "
             'have them: unmatched="ignore".'

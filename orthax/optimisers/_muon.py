@@ -11,6 +11,7 @@ from orthax.internal.transforms import (
     check_hyperparameters,
     masked,
     promoting,
+    without_keys,
 )
 
 
@@ -204,7 +205,9 @@ def _matrices_and_rest(
         values = [(leaf.cut is not None) == want_cut for leaf in leaves]
         return jax.tree.unflatten(jax.tree.structure(tree), values)
 
-    return optax.chain(
-        masked(matrices, lambda tree: mask(True, tree)),
-        masked(rest, lambda tree: mask(False, tree)),
+    return without_keys(
+        optax.chain(
+            masked(matrices, lambda tree: mask(True, tree)),
+            masked(rest, lambda tree: mask(False, tree)),
+        )
     )

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
-from orthax.internal.transforms import check_hyperparameters, promoting
+from orthax.internal.transforms import check_hyperparameters, promoting, without_keys
 
 
 def orthogonal_sgd(
@@ -61,13 +61,15 @@ def orthogonal_sgd(
         momentum=momentum,
         weight_decay=weight_decay,
     )
-    return optax.chain(
-        transforms.orthogonalise(method, rule=rule, stacking=stacking),
-        _decayed(weight_decay),
-        optax.identity()
-        if momentum is None
-        else optax.trace(decay=momentum, nesterov=nesterov),
-        promoting(optax.scale_by_learning_rate(learning_rate)),
+    return without_keys(
+        optax.chain(
+            transforms.orthogonalise(method, rule=rule, stacking=stacking),
+            _decayed(weight_decay),
+            optax.identity()
+            if momentum is None
+            else optax.trace(decay=momentum, nesterov=nesterov),
+            promoting(optax.scale_by_learning_rate(learning_rate)),
+        )
     )
 
 
@@ -122,11 +124,13 @@ def orthogonal_adam(
         eps=eps,
         weight_decay=weight_decay,
     )
-    return optax.chain(
-        transforms.orthogonalise(method, rule=rule, stacking=stacking),
-        _decayed(weight_decay),
-        promoting(optax.scale_by_adam(b1, b2, eps)),
-        promoting(optax.scale_by_learning_rate(learning_rate)),
+    return without_keys(
+        optax.chain(
+            transforms.orthogonalise(method, rule=rule, stacking=stacking),
+            _decayed(weight_decay),
+            promoting(optax.scale_by_adam(b1, b2, eps)),
+            promoting(optax.scale_by_learning_rate(learning_rate)),
+        )
     )
 
 
@@ -193,15 +197,20 @@ def orthogonal_lars(
     if bias_learning_rate is None:
         bias_learning_rate = learning_rate
     ratio = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
-    return optax.chain(
-        transforms.orthogonalise(method, rule=rule, stacking=stacking),
-        optax.add_decayed_weights(weight_decay, mask=_rank_two),
-        optax.masked(ratio, _rank_two),
-        optax.trace(decay=momentum),
-        optax.masked(promoting(optax.scale_by_learning_rate(learning_rate)), _rank_two),
-        optax.masked(
-            promoting(optax.scale_by_learning_rate(bias_learning_rate)), _rank_below_two
-        ),
+    return without_keys(
+        optax.chain(
+            transforms.orthogonalise(method, rule=rule, stacking=stacking),
+            optax.add_decayed_weights(weight_decay, mask=_rank_two),
+            optax.masked(ratio, _rank_two),
+            optax.trace(decay=momentum),
+            optax.masked(
+                promoting(optax.scale_by_learning_rate(learning_rate)), _rank_two
+            ),
+            optax.masked(
+                promoting(optax.scale_by_learning_rate(bias_learning_rate)),
+                _rank_below_two,
+            ),
+        )
     )
 
 

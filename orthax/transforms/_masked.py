@@ -62,3 +62,47 @@ def masked(
         return new, optax.MaskedState(state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def without_keys(
+    inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Hide PRNG keys from a transformation, which passes them through untouched.
+
+    Args:
+      inner: the transformation; Optax's own cannot take the dtype of a key.
+
+    Returns:
+      The transformation, with the state of `inner`.
+
+    Example:
+      >>> import jax
+      >>> import optax
+      >>> from orthax.internal.transforms import without_keys
+      >>> tree = {"a": 1.0, "key": jax.random.key(0)}
+      >>> tx = without_keys(optax.scale(10.0))
+      >>> tx.update(tree, tx.init(tree))[0]["a"]
+      10.0
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def visible(tree: Any) -> Any:
+        return jax.tree.map(lambda x: Hidden() if _is_key(x) else x, tree)
+
+    def init(params: optax.Params) -> Any:
+        return inner.init(visible(params))
+
+    def update(updates, state, params=None, **extra_args):
+        params = params if params is None else visible(params)
+        new, state = inner.update(visible(updates), state, params, **extra_args)
+        leaves, structure = jax.tree.flatten(updates)
+        pairs = zip(leaves, structure.flatten_up_to(new), strict=True)
+        new = [old if _is_key(old) else new for old, new in pairs]
+        return jax.tree.unflatten(structure, new), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_key(x: Any) -> bool:
+    dtype = getattr(x, "dtype", None)
+    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)

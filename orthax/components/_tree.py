@@ -111,7 +111,7 @@ def _unmatched(tree: Any, rule: Rule) -> list[str]:
             f"{name} of {type(rule).__name__} is in no path of this tree{near}."
         )
     advice = "orthax.explain(params, rule) lists the paths."
-    if hasattr(rule, "skip"):
+    if hasattr(getattr(rule, "rule", rule), "skip"):
         advice = (
             f"{advice} Names match whole components of them. For trees that need not "
             'have them: unmatched="ignore".'

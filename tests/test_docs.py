@@ -395,7 +395,7 @@ def test_states_of_other_leaves_are_not_converted():
     names = migrating()
     skipping = orthax.muon(0.1, rule=components.ByName(skip=("head",)))
     _, state, _ = trained(optax.contrib.muon(0.1), 1)
-    with pytest.raises(ValueError, match="do not cut the same leaves"):
+    with pytest.raises(ValueError, match="treat different leaves as matrices"):
         names["from_optax_muon"](state, skipping, names["params"])
 
 
@@ -445,7 +445,7 @@ def test_rates_are_those_of_the_searches(tmp_path):
     assert plain.scores == {0.1: pytest.approx(70), 0.3: pytest.approx(50)}
     assert ours.at_an_end
     text = learning_rates.page(tmp_path)
-    assert "**0.1 times** its learning rate (0.1 in 1 search)" in text
+    assert "| SGD | `orthogonal_sgd` | **0.1 x** | 0.1 | 1 |" in text
     assert "| `sgd` |  |  | **70** | 50 |" in text
     assert "diverged" in text
 

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import orthax
@@ -89,6 +91,32 @@ def test_linear_algebra_is_on_the_ground_floor():
                 text = ast.unparse(node) + "("
                 found = words.search(text)
                 assert path.stem == "_linalg" or not found, f"{path}: {text}"
+
+
+def test_the_walk_of_a_leaf_is_the_one_in_contributing():
+    """Each step is called with the leaf or what was made of it, in this order."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text()
+    walk = re.findall(r"^(?:\d+\.|and back through) `(\w+/\w+\.py):(\w+)`", text, re.M)
+    assert 8 <= len({file for file, _ in walk}) <= 10
+    calls = {}
+
+    def note(frame, event, _):
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(str(ROOT)):
+            file = pathlib.Path(code.co_filename).relative_to(ROOT).as_posix()
+            calls.setdefault((file, code.co_name), len(calls))
+
+    tx = orthax.orthogonalise()
+    params = {"dense": {"kernel": jnp.ones((8, 6)), "bias": jnp.ones(6)}}
+    state = tx.init(params)
+    jax.clear_caches()
+    sys.setprofile(note)
+    try:
+        jax.jit(tx.update).lower(params, state, params)
+    finally:
+        sys.setprofile(None)
+    first_calls = [calls[step] for step in walk]
+    assert first_calls == sorted(first_calls)
 
 
 def test_import_is_light():

@@ -16,6 +16,17 @@ def test_the_results_are_those_of_the_committed_file():
     assert readme.filled(TEXT) == TEXT
 
 
+def test_the_numbers_below_the_figure_are_those_of_its_page():
+    page = (ROOT / "examples" / "results" / "language.md").read_text()
+    rows = {}
+    for name, *cells in re.findall(
+        r"^\| `(\w+)` \| whole .*\| (\d+ ± \d+) \| (\d+ ± \d+) \|", page, re.M
+    ):
+        rows.setdefault(name, cells)
+    numbers = re.findall(r"(\d+ ± \d+) %", TEXT.partition("## Two commands")[0])
+    assert numbers == [*rows["muon"], *rows["orthogonal_sgd"]]
+
+
 def test_the_test_command_is_what_ci_runs():
     ci = (ROOT / ".ci" / "run").read_text()
     install, test = re.search(r"(pip install -e .*test.*) && (pytest)", TEXT).groups()

@@ -42,6 +42,7 @@ class Arm(NamedTuple):
     """An optimiser in a setting: the rates tried, and the one that was taken."""
 
     name: str
+    family: str  # the name without what is cut how
     scores: Mapping[float, float]
     best: float
 
@@ -97,8 +98,9 @@ def _searches(file: str, rows: Iterable[Mapping[str, str]], scale: str) -> list[
         kinds: list[list[Arm]] = [[], []]
         for (optimiser, cut), own in arms.items():
             ours = optimiser in ORTHOGONAL
-            name = f"`{optimiser}`" + (f" {cut}" * bool(cut) + scale) * ours
-            arm = _arm(name, own, measure)
+            family = f"`{optimiser}`" + scale * ours
+            name = family + f", attention {cut}" * (ours and bool(cut))
+            arm = _arm(name, family, own, measure)
             if arm is not None and (ours or optimiser in PLAIN):
                 kinds[ours].append(arm)
         if all(kinds):
@@ -106,7 +108,9 @@ def _searches(file: str, rows: Iterable[Mapping[str, str]], scale: str) -> list[
     return found
 
 
-def _arm(name: str, rows: Iterable[Mapping[str, str]], measure: str) -> Arm | None:
+def _arm(
+    name: str, family: str, rows: Iterable[Mapping[str, str]], measure: str
+) -> Arm | None:
     """Return one optimiser's search, or None where there was none."""
     column, factor = "validation_loss", 1.0
     if "accuracy" in measure:
@@ -122,7 +126,7 @@ def _arm(name: str, rows: Iterable[Mapping[str, str]], measure: str) -> Arm | No
     if len(best) != 1 or len(tried) < 2:
         return None
     scores = {rate: statistics.fmean(tried[rate]) for rate in sorted(tried)}
-    return Arm(name, scores, *best)
+    return Arm(name, family, scores, *best)
 
 
 def page(folder: Path = RESULTS) -> str:
@@ -130,37 +134,34 @@ def page(folder: Path = RESULTS) -> str:
     found = searches(folder)
     return "\n\n".join(
         [
-            "## In short",
-            _ratios(found),
-            "## What was found",
-            r"Best rates; \* is an end of the grid, beyond which nothing was tried.",
+            tables.markdown(*_ratios(found)),
+            "## The searches",
+            r"Best learning rates; \* marks an end of the grid.",
             tables.markdown(*_best(found)),
             "## How much it matters",
-            "Mean over the seeds of the search, by learning rate; the rate taken in "
-            "bold. An empty cell was not tried.",
+            "Mean over the seeds of the search, by learning rate; the rate that was "
+            "chosen in bold. An empty cell was not tried.",
             *(_grid(search) for search in found),
         ]
     )
 
 
-def _ratios(found: Sequence[Search]) -> str:
+def _ratios(found: Sequence[Search]) -> tuple[list[str], list[list[str]]]:
+    """Return where to start, relative to another recipe's learning rate."""
     ratios = collections.defaultdict(list)
     for search in found:
         for plain in search.plain:
+            recipe = "SGD" if plain.name == "`sgd`" else "Adam, AdamW"
             for arm in search.orthogonal:
-                kind = "SGD" if plain.name == "`sgd`" else "Adam or AdamW"
-                ratios[kind, arm.name].append(arm.best / plain.best)
-    lines = []
-    for (kind, arm), values in ratios.items():
-        middle, seen = statistics.median_low(values), f"{min(values):.2g}"
-        if max(values) > min(values):
-            seen += f" to {max(values):.2g}"
-        count = f"{len(values)} search" + "es" * (len(values) > 1)
-        lines.append(
-            f"- From a recipe for {kind}, start {arm} at **{middle:.2g} times** its "
-            f"learning rate ({seen} in {count})."
-        )
-    return "\n".join(lines)
+                ratios[recipe, arm.family].append(arm.best / plain.best)
+    body = []
+    for (recipe, family), values in ratios.items():
+        low, high, middle = min(values), max(values), statistics.median_low(values)
+        spread = f"{low:.2g}" + f" to {high:.2g}" * (high > low)
+        body.append([recipe, family, f"**{middle:.2g} x**", spread, str(len(values))])
+    same = "**1 x**, the same update up to the factor's error"
+    body.append(["a Muon", "`muon` with the same scale", same, "", ""])
+    return ["your recipe", "here", "start at", "best, measured", "searches"], body
 
 
 def _best(found: Sequence[Search]) -> tuple[list[str], list[list[str]]]:

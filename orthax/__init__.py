@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.metadata
-from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from orthax import (
     components as components,
@@ -15,6 +15,7 @@ from orthax import (
     tasks as tasks,
     transforms as transforms,
 )
+from orthax._spelling import american as _american
 from orthax.execution import explain as explain
 from orthax.optimisers import (
     muon as muon,
@@ -37,14 +38,17 @@ from orthax.transforms import (
 
 __version__ = "0.1.0"
 
-orthogonalize = orthogonalise
+orthogonalize = orthogonalise  # The other American spellings are found by name.
 
+if TYPE_CHECKING:  # pragma: no cover
+    from orthax import nn as nn
+else:
 
-def __getattr__(name: str) -> ModuleType:
-    """Import `orthax.nn`, and Flax with it, when it is first asked for."""
-    if name == "nn":
-        return importlib.import_module("orthax.nn")
-    raise AttributeError(f"module 'orthax' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """Import `orthax.nn`, and Flax with it, when it is first asked for."""
+        if name == "nn":
+            return importlib.import_module("orthax.nn")
+        return _american(__name__)(name)
 
 
 def _refuse_the_other_orthax() -> None:

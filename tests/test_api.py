@@ -1,6 +1,7 @@
 """Our own signatures and docstrings, inspected."""
 
 import inspect
+import re
 
 import pytest
 
@@ -68,6 +69,23 @@ def test_root_names_are_those_of_the_design():
     for name in NAMES_AT_THE_ROOT:
         assert hasattr(orthax, name)
     assert orthax.orthogonalize is orthax.orthogonalise
+
+
+AMERICAN = {
+    f"{room}.{name}": name.replace("isation", "ization").replace("ise", "ize")
+    for room, module in {"": orthax, **ROOMS}.items()
+    for name in vars(module)
+    if re.search(r"(?<![wr])is(e|ation)", name) and not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", AMERICAN)
+def test_american_spellings_are_found(name):
+    room, _, british = name.rpartition(".")
+    module = ROOMS.get(room, orthax)
+    assert getattr(module, AMERICAN[name]) is getattr(module, british)
+    with pytest.raises(AttributeError, match="has no attribute 'realize'"):
+        module.realize  # noqa: B018
 
 
 @each

@@ -1,5 +1,6 @@
 """Which axes of a leaf form a matrix."""
 
+from orthax._spelling import american as _american
 from orthax.components._by_name import ByName as ByName
 from orthax.components._by_tree import ByTree as ByTree
 from orthax.components._from_function import (
@@ -28,3 +29,5 @@ from orthax.components._tree import (
     in_one_message as in_one_message,
     resolve as resolve,
 )
+
+__getattr__ = _american(__name__)

@@ -4,6 +4,7 @@
 `apply_decorrelation` gives z. `orthax.nn` has layers in Flax NNX that do so.
 """
 
+from orthax._spelling import american as _american
 from orthax.decorrelation._dense_rules import (
     Blended as Blended,
     Local as Local,
@@ -23,3 +24,5 @@ from orthax.decorrelation._update import (
     init_decorrelation as init_decorrelation,
     update_decorrelation as update_decorrelation,
 )
+
+__getattr__ = _american(__name__)

@@ -10,6 +10,7 @@ Reference: Coquelin et al., "Harnessing Orthogonality to Train Low-Rank Neural
 Networks", 2024, arXiv 2401.08505, and the authors' code, "the paper's code" below.
 """
 
+from orthax._spelling import american as _american
 from orthax.low_rank._factorise import (
     factorise as factorise,
     materialise as materialise,
@@ -26,3 +27,5 @@ from orthax.low_rank._state import (
     ranks as ranks,
 )
 from orthax.low_rank._trainer import Trainer as Trainer
+
+__getattr__ = _american(__name__)

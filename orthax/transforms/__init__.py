@@ -1,5 +1,6 @@
 """What happens to an update: gradient transformations for `optax.chain`."""
 
+from orthax._spelling import american as _american
 from orthax.transforms._component_rms import (
     ScaleByComponentRMSState as ScaleByComponentRMSState,
     scale_by_component_rms as scale_by_component_rms,
@@ -27,3 +28,5 @@ from orthax.transforms._shape import (
     Width as Width,
     scale_by_shape as scale_by_shape,
 )
+
+__getattr__ = _american(__name__)

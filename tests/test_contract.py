@@ -1158,6 +1158,16 @@ def test_momentum_can_be_kept_in_another_dtype(name):
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_restored_in_another_dtype_is_cast(nesterov):
+    params, gradients, *_ = trees()
+    before = orthax.muon(0.1, nesterov=nesterov)
+    _, restored = before.update(gradients, before.init(params), params)
+    tx = orthax.muon(0.1, nesterov=nesterov, mu_dtype="bfloat16")
+    _, state = tx.update(gradients, restored, params)
+    assert types(state) == types(tx.init(params)) != types(restored)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize(
     ("scale", "consistent_rms"),
     [(transforms.Width(), None), (transforms.RMSMatch(0.2), 0.2)],

@@ -34,8 +34,8 @@ def nesterov_ema(
 
     Args:
       decay: $\beta$, in [0, 1), dimensionless.
-      mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`;
-        default that of the parameters.
+      mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default
+        that of the parameters. A state restored in another dtype is cast to it.
 
     Returns:
       A transformation with a `NesterovEMAState`.
@@ -72,7 +72,9 @@ def nesterov_ema(
             looked_up = jax.tree.map(
                 lambda m, g: (decay * m + (1 - decay) * g).astype(g.dtype), ahead, now
             )
-            ema = jax.tree.map(lambda new, old: new.astype(old.dtype), ema, state.ema)
+            ema = jax.tree.map(
+                lambda new, old: new.astype(mu_dtype or old.dtype), ema, state.ema
+            )
         return looked_up, NesterovEMAState(count, ema)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -22,8 +22,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import tqdm
 
-from benchmarks import layouts, progress, tables, trees
+from benchmarks import layouts, tables, trees
 from benchmarks.aot import ARMS, MACHINES, Case, Machine, measured
 
 KEY = ("chip", "layout", "tree", "arm")
@@ -240,8 +241,8 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for tree in args.trees
         for arm in args.arms
     ]
-    there = set() if args.again else tables.finished(args.results / _FILE, KEY)
-    return [case for case in asked if tuple(case) not in there]
+    path = args.results / _FILE
+    return tables.missing(path, KEY, asked, Case._asdict, args.again)
 
 
 _FILE = "compiled.csv"
@@ -276,12 +277,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if told := [sentence for sentence in map(missing, sorted(wanted)) if sentence]:
         raise SystemExit("\n".join(told))
     path = args.results / _FILE
-    for case in progress.track(cases(args), "compiled"):
+    for case in tqdm.tqdm(cases(args), desc="compiled"):
         found = row(case, args.limit)
         around = circumstances(MACHINES[case.chip])
         tables.write(path, [case._asdict() | {"note": None} | found | around], KEY)
         told = found.get("note") or f"compiled in {found['compile_s']:.1f} s"
-        progress.say(f"{', '.join(case)}: {told}")
+        tqdm.tqdm.write(f"{', '.join(case)}: {told}")
     text = report(tables.read(path))
     print(text)
     tables.publish(args, compiled=text)

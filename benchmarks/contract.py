@@ -18,8 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
-from benchmarks import progress, tables
+from benchmarks import tables
 from benchmarks.polar import Reference, measure, reference
 from orthax import polar
 
@@ -385,7 +386,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = [
         (name, d) for name in chosen for d in DTYPES if (name, d) != (CLIMB, DTYPES[1])
     ]
-    for name, dtype in progress.track(runs, "contract"):
+    for name, dtype in tqdm.tqdm(runs, desc="contract"):
         rows = []
         for method in args.methods:
             if name == CLIMB:
@@ -399,7 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 labels | {"worst_at": str(at), "used": used(most, method)} | around
             )
             if wrong := broken(worst([row for _, row in found]), method):
-                progress.say(f"{method}, {name}, {dtype}: {', '.join(wrong)} ({at})")
+                tqdm.tqdm.write(f"{method}, {name}, {dtype}: {', '.join(wrong)} ({at})")
         tables.write(path, rows, KEY)
     tables.publish(args, contract=markdown(tables.read(path)))
 

@@ -2,11 +2,13 @@
 
 Matrices are built in float64 with a prescribed spectrum, rounded to the dtype that they
 are stored in, and compared with the float64 numpy SVD of what is stored, before any
-final cast. Writes `results/polar.csv` and the tables of `README.md`.
+final cast. Writes `results/polar.csv` and the tables of `README.md`. Methods whose rows
+are there already are left out (`--again`).
 """
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
 import zlib
@@ -16,8 +18,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
-from benchmarks import progress, tables
+from benchmarks import tables
 from benchmarks.errors import KEPT
 from orthax import polar
 
@@ -317,11 +320,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--calls", type=int, default=5, help="timed calls per matrix")
+    parser.add_argument("--again", action="store_true", help="also what is there")
     tables.add_paths(parser)
     args = parser.parse_args(argv)
     path, around = args.results / "polar.csv", tables.circumstances()
     pairs = [(case, dtype) for case in args.cases for dtype in DTYPES]
-    for name in progress.track(args.methods, "polar"):
+    missing = tables.missing(
+        path,
+        KEY,
+        itertools.product(args.methods, args.cases, DTYPES),
+        lambda case: dict(zip(KEY, case, strict=False)),
+        args.again,
+    )
+    for name in tqdm.tqdm(dict.fromkeys(name for name, *_ in missing), desc="polar"):
         rows = []
         found = errors(METHODS[name], pairs)
         for (case, dtype), numbers in zip(pairs, found, strict=True):

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import tqdm
 
 import orthax
-from benchmarks import progress, published, tables
+from benchmarks import published, tables
 from benchmarks.published import MODELS, P
 from orthax import components, execution, polar
 
@@ -355,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.page.parent.mkdir(parents=True, exist_ok=True)
     args.page.write_text(page())
-    progress.say(f"{args.page.name} written")
+    tqdm.tqdm.write(f"{args.page.name} written")
     if not args.no_plots:
         draw(args.page.with_suffix(".png"))
 

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+import tqdm
 
 import orthax
-from benchmarks import hlo, peers, progress, tables, timing, trees
+from benchmarks import hlo, peers, tables, timing, trees
 from benchmarks.layouts import AXES, DEVICES, LAYOUTS, NETWORKS, Layout, shardings
 from orthax import components, polar
 from orthax.execution import Stacking
@@ -264,17 +265,6 @@ def _cells(each: dict[str, str]) -> list[str]:
 
 def cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
     """Return what is missing of what is asked for, the smallest networks first."""
-    path, device = args.results / "sharded.csv", tables.circumstances()
-    there = {
-        tables.identity(each, KEY)
-        for each in tables.read(path)
-        if not args.run or each.get("median_ms") or each.get("note")
-    }
-
-    def missing(case: Sequence[str]) -> bool:
-        labels = device | dict(zip(KEY, case, strict=False))
-        return args.again or tables.identity(labels, KEY) not in there
-
     asked = [
         (tree, layout, axes, update)
         for tree in args.trees
@@ -284,7 +274,14 @@ def cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
         # What optax does with the shardings that it is given is the compiler's.
         if axes != "given" or UPDATES[update].planned
     ]
-    return [case for case in asked if missing(case)]
+    return tables.missing(
+        args.results / "sharded.csv",
+        KEY,
+        asked,
+        lambda case: dict(zip(KEY, case, strict=False)),
+        args.again,
+        lambda row: not args.run or row.get("median_ms") or row.get("note"),
+    )
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -319,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ["XLA_FLAGS"] = f"{flags} {fake}".strip()
     args = parsed(argv)
     path = args.results / "sharded.csv"
-    for case in progress.track(cases(args), "sharded"):
+    for case in tqdm.tqdm(cases(args), desc="sharded"):
         tree, layout, axes, update = case
         around = tables.circumstances() | {"devices": DEVICES}
         network, runs = NETWORKS[tree](), args.calls if args.run else 0
@@ -329,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         told = (
             found.get("note") or f"{found['collectives']}; {found['compile_s']:.1f} s"
         )
-        progress.say(f"{', '.join(case)}: {told}")
+        tqdm.tqdm.write(f"{', '.join(case)}: {told}")
     tables.publish(args, sharded=report(tables.read(path)))
 
 

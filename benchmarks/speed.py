@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
-from benchmarks import errors, gemm, progress, tables, timing
+from benchmarks import errors, gemm, tables, timing
 from orthax import polar
 
 KEY = ("method", "rows", "columns", "batch", "dtype", *tables.DEVICE)
@@ -72,6 +73,13 @@ def _directions(stack: Stack) -> errors.Directions:
     return errors.directions(np.asarray(_stored(stack)[0], np.float64))
 
 
+def labels(name: str, stack: Stack) -> tables.Row:
+    """Return what tells a row from others on its device."""
+    batch, rows, columns = stack.shape
+    shape = {"rows": rows, "columns": columns, "batch": batch}
+    return {"method": name} | shape | {"dtype": stack.dtype}
+
+
 class Limits(NamedTuple):
     """How many calls, for how many seconds."""
 
@@ -92,12 +100,7 @@ def measure(name: str, stack: Stack, limits: Limits) -> tables.Row:
     batch, m, n = stack.shape
     products = gemm.inputs_of_products(lowered.as_text())
     flops, peak = batch * float(method.flops(m, n)), gemm.peak(products)
-    return {
-        "method": name,
-        "rows": m,
-        "columns": n,
-        "batch": batch,
-        "dtype": stack.dtype,
+    return labels(name, stack) | {
         "products": products,
         "median_ms": median * 1e3,
         "quartile1_ms": low * 1e3,
@@ -225,16 +228,9 @@ def _products(methods: dict[str, polar.PolarMethod]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     path, around = args.results / "speed.csv", tables.circumstances()
-    there = set() if args.again else tables.finished(path, KEY)
-
-    def done(name: str, stack: Stack) -> bool:
-        shape = dict(zip(("batch", "rows", "columns"), stack.shape, strict=True))
-        row = {"method": name, "dtype": stack.dtype} | shape | around
-        return tables.identity(row, KEY) in there
-
-    cells = [cell for cell in selection(args) if not done(*cell)]
+    cells = tables.missing(path, KEY, selection(args), lambda x: labels(*x), args.again)
     limits = Limits(args.rounds, args.patience)
-    for name, stack in progress.track(cells, "speed"):
+    for name, stack in tqdm.tqdm(cells, desc="speed"):
         tables.write(path, [measure(name, stack, limits) | around], KEY)
     publish(args)
 

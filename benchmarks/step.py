@@ -7,12 +7,14 @@ of `README.md`. Networks whose rows are there already are left out (`--again`).
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import tqdm
 
-from benchmarks import gemm, peers, progress, summary, tables, timing, trees
+from benchmarks import gemm, peers, summary, tables, timing, trees
 from benchmarks.updates import (
     ENTRIES,
     KINDS,
@@ -165,7 +167,7 @@ def run(tree: str, kinds: Sequence[str], args: argparse.Namespace) -> None:
     limits = Limits(args.rounds, args.slow_rounds, args.patience, args.most_gib)
     programs, notes = {}, {}
     names = [name for name in args.methods if name in ENTRIES]
-    for name in progress.track(names, f"{tree}: compiling"):
+    for name in tqdm.tqdm(names, desc=f"{tree}: compiling"):
         program = compiled(ENTRIES[name], network)
         gib = (program.temporary_bytes or 0) / 2**30
         if gib > limits.most_gib:
@@ -184,22 +186,20 @@ def run(tree: str, kinds: Sequence[str], args: argparse.Namespace) -> None:
         tables.write(path, new, KEY)
         for row in new:
             spent = row.get("note") or f"{row['median_ms']:.4g} ms"
-            progress.say(f"{tree}, {kind}: {row['method']}: {spent}")
+            tqdm.tqdm.write(f"{tree}, {kind}: {row['method']}: {spent}")
 
 
 def missing(tree: str, args: argparse.Namespace) -> list[str]:
     """Return the kinds of gradients of which a row is missing."""
-    if args.again:
-        return args.gradients
-    there = tables.finished(args.results / "step.csv", KEY)
-    device = {name: tables.circumstances()[name] for name in tables.DEVICE}
     names = [n for n in args.methods if n in ENTRIES or args.torch]
-
-    def done(kind: str, name: str) -> bool:
-        row = {"tree": tree, "gradients": kind, "method": name} | device
-        return tables.identity(row, KEY) in there
-
-    return [k for k in args.gradients if not all(done(k, name) for name in names)]
+    rows = tables.missing(
+        args.results / "step.csv",
+        KEY,
+        itertools.product((tree,), args.gradients, names),
+        lambda case: dict(zip(KEY, case, strict=False)),
+        args.again,
+    )
+    return [*dict.fromkeys(kind for _, kind, _ in rows)]
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -222,7 +222,7 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
         args.torch_version = peers.find_torch(args.torch_python)
         args.torch = args.torch_python if args.torch_version else None
         told = args.torch_version or "not there, its rows are left out"
-        progress.say(f"torch: {told}")
+        tqdm.tqdm.write(f"torch: {told}")
     return args
 
 

@@ -12,7 +12,7 @@ import pathlib
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jaxlib
@@ -25,6 +25,7 @@ RESULTS = HERE / "results"
 README = HERE / "README.md"
 
 Row = dict[str, Any]
+Case = TypeVar("Case")
 # What makes a device another one, as the rows see it.
 DEVICE = ("platform", "device", "lapack_threads")
 _PACKAGES = ("jax", "jaxlib", "optax")
@@ -113,9 +114,29 @@ def identity(row: Row, key: Sequence[str]) -> tuple[str, ...]:
     return tuple(_text(row.get(name)) for name in key)
 
 
-def finished(path: pathlib.Path, key: Sequence[str]) -> set[tuple[str, ...]]:
-    """Return the identities of the rows that a file holds."""
-    return {identity(row, key) for row in read(path)}
+def missing(
+    path: pathlib.Path,
+    key: Sequence[str],
+    cases: Iterable[Case],
+    labels: Callable[[Case], Row],
+    again: bool = False,
+    complete: Callable[[dict[str, str]], Any] = bool,
+) -> list[Case]:
+    """Return the cases of which a file has no row on this device; all with `again`.
+
+    Args:
+      path: a CSV file.
+      key: the columns that tell its rows from each other.
+      cases: what is asked for.
+      labels: what a row says of a case, besides `circumstances`.
+      again: whether what is there counts as missing.
+      complete: whether a row of the file counts.
+    """
+    if again:
+        return [*cases]
+    there = {identity(row, key) for row in read(path) if complete(row)}
+    around = circumstances()
+    return [x for x in cases if identity(around | labels(x), key) not in there]
 
 
 def add_paths(parser: argparse.ArgumentParser) -> None:

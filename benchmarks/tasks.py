@@ -6,6 +6,7 @@ and the table of `README.md`. Rows that are there are left out (`--again`).
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import tqdm
 
-from benchmarks import progress, tables, timing
+from benchmarks import tables, timing
 from orthax import tasks
 
 KEY = ("network", "tasks", "way", *tables.DEVICE)
@@ -215,21 +217,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables.add_paths(parser)
     args = parser.parse_args(argv)
     path = args.results / "tasks.csv"
-    there = set() if args.again else tables.finished(path, KEY)
     device = tables.circumstances()
-    cases = [
-        (network, tasks)
-        for network in args.networks
-        for tasks in args.tasks
-        if any(
-            tables.identity(
-                device | {"network": network, "tasks": tasks, "way": way}, KEY
-            )
-            not in there
-            for way in WAYS
-        )
-    ]
-    for network, count in progress.track(cases, "tasks"):
+    rows = tables.missing(
+        path,
+        KEY,
+        itertools.product(args.networks, args.tasks, WAYS),
+        lambda case: dict(zip(KEY, case, strict=False)),
+        args.again,
+    )
+    cases = [*dict.fromkeys(row[:2] for row in rows)]
+    for network, count in tqdm.tqdm(cases, desc="tasks"):
         rows = measure(network, count, args.calls)
         tables.write(path, [row | device for row in rows], KEY)
     tables.publish(args, tasks=report(tables.read(path)))

@@ -9,6 +9,7 @@ that the host has yet to send - slows down its own successor, as it does in trai
 """
 
 import argparse
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -146,13 +147,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=3 if on_cpu else 10,
         help="steps of one call, one after the other without a pause",
     )
+    parser.add_argument("--again", action="store_true", help="also what is there")
     tables.add_paths(parser)
     args = parser.parse_args(argv)
     path = args.results / "training.csv"
     optimisers = list(dict.fromkeys([SGD, *args.optimisers]))
-    for name in args.networks:
+    settings = [setting(x, args.batch, args.size, args.dtype) for x in args.networks]
+    missing = tables.missing(
+        path,
+        KEY,
+        itertools.product(settings, optimisers),
+        lambda case: case[0]._asdict() | {"optimiser": case[1]},
+        args.again,
+    )
+    for chosen in dict.fromkeys(chosen for chosen, _ in missing):
         around = tables.circumstances()
-        chosen = setting(name, args.batch, args.size, args.dtype)
         rows = measure(chosen, optimisers, args.rounds, args.slow_rounds, args.steps)
         tables.write(path, [row | around for row in rows], KEY)
         for row in rows:

@@ -2,10 +2,6 @@
 
 import dataclasses
 import functools
-import subprocess
-import sys
-import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +15,14 @@ from benchmarks import (
     gemm,
     peers,
     plots,
-    queue,
+    polar as benchmarks_polar,
     report,
     speed,
     step,
     summary,
     tables,
-    tasks,
     timing,
+    training,
     trees,
     updates,
 )
@@ -495,7 +491,6 @@ def test_rows_of_other_columns_stay_readable(tmp_path):
         {"name": "a", "old": "1", "new": ""},
         {"name": "b", "old": "", "new": ""},
     ]
-    assert tables.finished(path, ("name", "kind")) == {("a", ""), ("b", "")}
     assert [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
 
 
@@ -531,41 +526,16 @@ def test_the_page_shows_what_the_results_hold():
         assert shown == text, f"{name}: run python -m benchmarks.report"
 
 
-# -------------------------------------------------------------------------- the queue
+# --------------------------------------------------------------------- another machine
 
 
-def test_the_first_jobs_for_a_gpu_are_those_of_its_targets():
-    first = [str(job) for job in queue.jobs("gpu")]
-    assert first[0] == "training --networks resnet20"
-    trees_ = [job.split()[2] for job in first[1:5]]
-    assert trees_ == ["resnet20", "resnet18", "resnet50", "gpt2_small"]
-    assert max(i for i, job in enumerate(first) if job.startswith("speed --large")) < 20
-    for platform in ("cpu", "gpu"):
-        everything = [str(job) for job in queue.jobs(platform)]
-        assert len(set(everything)) == len(everything)
-        for tree in set(trees.NETWORKS) - {"tiny"}:
-            assert any(f"step --trees {tree} " in job for job in everything)
-
-
-def test_the_queue_measures_what_is_missing_and_can_be_merged(tmp_path, monkeypatch):
-    job = queue.Job("step", ("--trees", "tiny", "--gradients", "gaussian", *FEW))
-    broken = queue.Job("step", ("--trees", "nowhere"))
-    monkeypatch.setattr(
-        queue.step, "parsed", lambda argv, parsed=step.parsed: checked(argv, parsed)
-    )
-
-    def checked(argv, parsed):
-        if "nowhere" in argv:
-            raise ValueError("no such network")
-        return parsed([*argv, "--rounds", "2"])
-
+def test_what_is_there_is_left_out_and_rows_are_merged(tmp_path, monkeypatch):
     out = tmp_path / "out"
-    queue.work([broken, job], out)
-    states = {row["job"]: row["state"] for row in tables.read(out / queue.LOG)}
-    assert states == {str(broken): "failed", str(job): "done"}
+    arguments = ["--trees", "tiny", "--gradients", "gaussian", *FEW, "--rounds", "2"]
+    step.main([*arguments, "--results", str(out)])
     before = (out / "step.csv").read_text()
     monkeypatch.setattr(step, "compiled", None)  # cannot be called
-    queue.work([job], out)
+    step.main([*arguments, "--results", str(out)])
     assert (out / "step.csv").read_text() == before
     results = tmp_path / "results"
     paths = ["--results", str(results), "--readme", str(page(tmp_path))]
@@ -576,119 +546,42 @@ def test_the_queue_measures_what_is_missing_and_can_be_merged(tmp_path, monkeypa
     assert text.count("<details>") == 1
 
 
-def test_the_queue_asks_for_missing_errors_and_trainings_only(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(queue.polar, "main", asked.append)
-    monkeypatch.setattr(queue.training, "main", asked.append)
-    methods = list(queue.polar.METHODS)
-    pairs = [(case, d) for case in queue.polar.CASES for d in queue.polar.DTYPES]
-    around = tables.circumstances()
-    rows = [
-        {"method": name, "case": case, "dtype": dtype} | around
-        for name in methods[:-1]
-        for case, dtype in pairs
-    ]
-    tables.write(tmp_path / "polar.csv", rows, queue.polar.KEY)
-    queue.run(queue.Job("polar", ()), tmp_path)
-    job = queue.Job("training", ("--networks", "resnet20"))
-    queue.run(job, tmp_path)
-    paths = ("--results", str(tmp_path))
-    assert asked == [("--methods", methods[-1], *paths), (*job.arguments, *paths)]
-    setting = queue.training.setting("resnet20", queue.training.CPU_BATCH)
-    rows = [
-        setting._asdict() | {"optimiser": name} | around
-        for name in queue.training.OPTIMISERS
-    ]
-    tables.write(tmp_path / "training.csv", rows, queue.training.KEY)
-    queue.run(job, tmp_path)
-    assert len(asked) == 2
-
-
-WORKER = """
-import json, os, pathlib, sys, time
-sys.path.insert(0, sys.argv[1])
-out = pathlib.Path(sys.argv[2])
-calls = out / "calls"
-calls.write_text(calls.read_text() + "x" if calls.exists() else "x")
-first = len(calls.read_text()) == 1
-def note(job, state):
-    (out / "queue.csv").write_text(f"job,state,seconds\\n{job},{state},0\\n")
-how = sys.argv[3]
-note("a", "started")
-if how == "crashes" and first:
-    os._exit(11)
-if how == "sleeps":
-    time.sleep(60)
-note("a", "done")
-"""
+def test_missing_are_the_cases_without_a_row_on_this_device(tmp_path):
+    path, key = tmp_path / "rows.csv", ("name", "device")
+    tables.write(path, [{"name": "a"} | tables.circumstances()], key)
+    tables.write(path, [{"name": "b", "device": "another"}], key)
+    for again, complete, names in (
+        (False, bool, ["b"]),
+        (True, bool, ["a", "b"]),
+        (False, lambda row: row.get("median_ms"), ["a", "b"]),
+    ):
+        found = tables.missing(path, key, "ab", lambda x: {"name": x}, again, complete)
+        assert found == names
 
 
 @pytest.mark.parametrize(
-    "how, calls, state, ended",
-    [
-        ("ends", 1, "done", True),
-        ("crashes", 2, "done", True),
-        ("sleeps", 1, "cut off", False),
-    ],
+    ("script", "run"), [(benchmarks_polar, "errors"), (training, "measure")]
 )
-def test_the_queue_stops_at_the_limit_and_survives_a_crash(
-    tmp_path, how, calls, state, ended
+def test_methods_and_optimisers_that_are_there_are_left_out(
+    script, run, tmp_path, monkeypatch
 ):
-    worker = [sys.executable, "-c", WORKER, "", str(tmp_path), how]
-    start = time.monotonic()
-    assert queue.supervise(worker, tmp_path, 2.0) is ended
-    assert time.monotonic() - start < 6
-    assert len((tmp_path / "calls").read_text()) == calls
-    (row,) = tables.read(tmp_path / "queue.csv")
-    assert row["state"] == state
-
-
-def test_the_queue_begins_again_what_was_cut_off_by_a_shorter_limit(tmp_path):
-    rows = [
-        {"job": "long", "state": "cut off", "seconds": 300.0},
-        {"job": "short", "state": "cut off", "seconds": 20.0},
-        {"job": "broken", "state": "failed", "seconds": 1.0},
-        {"job": "good", "state": "done", "seconds": 500.0},
-    ]
-    tables.write(tmp_path / queue.LOG, rows, ("job",))
-    assert queue.hopeless(tmp_path, 300) == {"long", "broken"}
-    assert queue.hopeless(tmp_path, 600) == {"broken"}
-
-
-def test_the_queue_says_if_its_worker_cannot_begin(tmp_path):
-    with pytest.raises(RuntimeError, match="before its first job"):
-        queue.supervise([sys.executable, "-c", "raise SystemExit(3)"], tmp_path, 5.0)
-
-
-def test_everything_can_be_imported_with_jax_optax_and_flax_alone():
-    program = textwrap.dedent("""
-        import sys
-        for name in ("matplotlib", "tqdm", "torch", "sklearn", "tyro", "pandas"):
-            sys.modules[name] = None
-        from benchmarks import plots, progress, queue, report
-        print(list(progress.track([1, 2], "counting")))
-    """)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.stdout.endswith("counting: 2 of 2, 2\n[1, 2]\n"), done.stderr
-
-
-@pytest.mark.slow
-def test_the_cost_of_several_tasks(tmp_path):
-    text = page(tmp_path)
-    paths = ["--results", str(tmp_path), "--readme", str(text)]
-    tasks.main(["--networks", "dense", "--tasks", "2", "--calls", "3", *paths])
-    rows = {row["way"]: row for row in tables.read(tmp_path / "tasks.csv")}
-    assert rows.keys() == tasks.WAYS.keys()
-    assert float(rows[tasks.SUM]["times_sum"]) == 1
-    assert all(float(row["median_ms"]) > 0 for row in rows.values())
-    # Two gradients need more memory than that of a sum.
-    side, whole = (float(rows[n]["temporary_mib"]) for n in ("OSGD()", tasks.SUM))
-    assert side > whole
-    found = text.read_text()
-    assert "| dense | 2 | `PCGrad()` |" in found
-    assert "not yet run; `python -m benchmarks.tasks`" in found
-    before = (tmp_path / "tasks.csv").read_text()
-    tasks.main(["--networks", "dense", "--tasks", "2", *paths])
-    assert (tmp_path / "tasks.csv").read_text() == before
+    monkeypatch.setattr(script, run, None)  # cannot be called
+    where = ["--results", str(tmp_path)]
+    few = {"errors": ["--cases", "zero"], "measure": ["--networks", "basic_cnn"]}[run]
+    with pytest.raises(TypeError, match="not callable"):
+        script.main([*few, *where])
+    around = tables.circumstances()
+    if run == "errors":
+        rows = [
+            {"method": method, "case": "zero", "dtype": dtype} | around
+            for method in script.METHODS
+            for dtype in script.DTYPES
+        ]
+    else:
+        chosen = script.setting("basic_cnn", script.CPU_BATCH)._asdict()
+        rows = [chosen | {"optimiser": x} | around for x in script.OPTIMISERS]
+    name = "polar.csv" if run == "errors" else "training.csv"
+    tables.write(tmp_path / name, rows, script.KEY)
+    monkeypatch.setattr(tables, "publish", lambda *_, **__: None)
+    monkeypatch.setattr(tables, "by_device", lambda *_: "")
+    script.main([*few, *where])

@@ -49,7 +49,7 @@ def test_optimisers_are_timed_beside_sgd(run):
     assert "basic_cnn, batch 4, size 8, float32" in readme
     assert all(f"`{name}`" in readme for name in OPTIMISERS)
     # Only its own rows are replaced, and SGD is always beside.
-    again, _ = run("--optimisers", trainers.SGD, "--steps", "2")
+    again, _ = run("--optimisers", trainers.SGD, "--steps", "2", "--again")
     assert [row["steps_per_call"] for row in again] == ["3"] * (len(rows) - 1) + ["2"]
     assert again[-1]["optimiser"] == trainers.SGD
 

@@ -1,6 +1,6 @@
 """Products at a stated precision, decompositions that cannot hang, dtypes, norms.
 
-The ground floor: every room may use it, and nothing else here calls `jnp.linalg`.
+Every package may use this module, and no other code here calls `jnp.linalg`.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,10 @@ def working(x: jax.typing.ArrayLike) -> jax.Array:
 
 
 def replicated(x: jax.Array) -> jax.Array:
-    """Return an array with all of it on every device, where axes are explicit.
+    """Return an array that is replicated on explicit mesh axes.
 
-    There a decomposition, or a product over a sharded axis, is an error; on a mesh of
-    automatic axes the compiler gathers what it must.
+    There a decomposition, or a product over a sharded axis, is an error; on automatic
+    axes the compiler gathers what it needs.
     """
     sharding = jax.typeof(x).sharding
     if not any(sharding.spec):
@@ -43,7 +43,7 @@ def matmul(
     precision: jax.lax.Precision | None = HIGHEST,
     dtype: jnp.dtype | None = None,
 ) -> jax.Array:
-    """Multiply at full precision, also where the default is lower.
+    """Multiply at full precision, even where JAX's default is lower.
 
     Args:
       a: shape `(..., m, k)`.
@@ -55,24 +55,24 @@ def matmul(
 
 
 def adjoint(x: jax.Array) -> jax.Array:
-    """Return the conjugate transpose of every matrix of a stack."""
+    """Return the conjugate transpose of every matrix of a batch."""
     return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
 
 
 def norm(
     x: jax.Array, axis: int | tuple[int, ...], *, keepdims: bool = False
 ) -> jax.Array:
-    """Return the root of a sum of squares, which must be in the range of the dtype."""
+    """Return the root of a sum of squares, which must not overflow the dtype."""
     return jnp.linalg.norm(x, axis=axis, keepdims=keepdims)
 
 
 def frobenius(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.Array]:
-    """Return two numbers for every matrix whose product is its norm, or one for zero.
+    """Return two factors of every matrix's Frobenius norm, or of one for zero.
 
-    Of shape `(b, 1, 1)`; the second is NaN for a matrix that is not finite. The norm is
-    summed three times at once, of the matrix as it is, scaled up and scaled down: in
-    float32, squares of entries beyond 1e19 or below 1e-23 are out of range. The columns
-    may be sharded over named `axes`.
+    Both of shape `(b, 1, 1)`; the second is NaN for a matrix that is not finite. Sums
+    of squares are taken of the matrix as it is, scaled up and scaled down: in float32,
+    squares of entries above 1e19 or below 1e-23 are out of range. The columns may be
+    sharded over named `axes`.
     """
     most = jnp.finfo(x.dtype).maxexp
     scales = [1.0, 2.0 ** (5 * most // 8), 2.0 ** (-5 * most // 8)]
@@ -94,13 +94,12 @@ def over(
 
 
 def one_by_one(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Lift `f`, a decomposition of one matrix, to stacks of shape `(*batch, m, n)`.
+    """Lift `f`, a decomposition of one matrix, to batches of shape `(*batch, m, n)`.
 
-    On CPU the matrices are worked on in turn, whatever `vmap` the call is under:
-    jaxlib's batched `eigh`, `qr` and `cholesky` wait there for workers of the very
-    thread pool they run on, and a few independent batched calls in one program never
-    return on a small machine (seen with jaxlib 0.10.2 and two cores). Elsewhere the
-    call is batched.
+    On CPU the matrices are decomposed one by one, even under `vmap`: jaxlib's batched
+    `eigh`, `qr` and `cholesky` wait for workers of the thread pool they run on, and a
+    few independent batched calls in one program deadlock on a small machine (seen with
+    jaxlib 0.10.2 and two cores). On other platforms the call is batched.
     """
 
     def lifted(x: jax.Array) -> Any:
@@ -113,17 +112,17 @@ def one_by_one(f: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
 
 
 def thin_svd(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return `u, s, vh` of every matrix of a stack, singular values descending."""
+    """Return `u, s, vh` of every matrix of a batch, singular values descending."""
     return one_by_one(lambda a: tuple(jnp.linalg.svd(a, full_matrices=False)))(x)
 
 
 def singular_values(x: jax.Array) -> jax.Array:
-    """Return the singular values of every matrix of a stack, descending."""
+    """Return the singular values of every matrix of a batch, descending."""
     return one_by_one(lambda a: jnp.linalg.svd(a, compute_uv=False))(x)
 
 
 def eigh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return ascending eigenvalues, and vectors, of Hermitian matrices."""
+    """Return ascending eigenvalues, and eigenvectors, of Hermitian matrices."""
     return one_by_one(lambda a: tuple(jnp.linalg.eigh(a)))(x)
 
 
@@ -143,7 +142,7 @@ def cholesky(x: jax.Array) -> jax.Array:
 
 
 def qdwh(x: jax.Array, max_iterations: int) -> jax.Array:
-    """Return the polar factors of tall matrices, by JAX's own QDWH."""
+    """Return the polar factors of tall matrices by `jax.lax.linalg.qdwh`."""
     return one_by_one(
         lambda a: jax.lax.linalg.qdwh(a, max_iterations=max_iterations)[0]
     )(x)

@@ -89,12 +89,12 @@ def test_minimax_polynomials_of_any_degree_equioscillate(low, length):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"lower": 0.0}, "between 0 and 1"),
-        ({"lower": 1.5}, "between 0 and 1"),
+        ({"lower": 0.0}, "0 < lower < 1"),
+        ({"lower": 1.5}, "0 < lower < 1"),
         ({"steps": 0}, "positive integer"),
         ({"steps": 2.5}, "positive integer"),
-        ({"safety": -0.1}, "negative"),
-        ({"cushion": 1.0}, r"\[0, 1\)"),
+        ({"safety": -0.1}, "safety >= 0"),
+        ({"cushion": 1.0}, "cushion < 1"),
     ],
 )
 def test_bad_arguments(arguments, message):

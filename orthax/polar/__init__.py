@@ -1,6 +1,6 @@
 """Matrices in, orthogonal polar factors out.
 
-Shapes: `b` stacked matrices, `m` rows, `n` columns, `*batch` any leading axes.
+Shapes: `b` matrices in a batch, `m` rows, `n` columns, `*batch` any leading axes.
 """
 
 from orthax.polar._auto import Auto as Auto
@@ -17,8 +17,6 @@ from orthax.polar._dwh import DWH as DWH
 from orthax.polar._gram_eigh import GramEigh as GramEigh
 from orthax.polar._method import PolarMethod as PolarMethod
 from orthax.polar._newton_schulz import NewtonSchulz as NewtonSchulz
-from orthax.polar._polar_factor import (
-    polar_factor as polar_factor,
-)
+from orthax.polar._polar_factor import polar_factor as polar_factor
 from orthax.polar._qdwh import QDWH as QDWH
 from orthax.polar._svd import SVD as SVD

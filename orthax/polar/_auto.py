@@ -1,4 +1,4 @@
-"""The default method: what to use when nothing is asked for."""
+"""The default method, which depends on the platform."""
 
 import dataclasses
 import functools
@@ -16,18 +16,17 @@ _TIERS = ("exact", "fast")
 
 @dataclasses.dataclass(frozen=True)
 class Auto(PolarMethod):
-    """The default: the fastest method of a platform that keeps the stated error.
+    """The default: the platform's fastest method within the stated error.
 
     | accuracy | CPU | GPU, TPU, any other |
     |---|---|---|
     | `"exact"` | `DWH()` | `NewtonSchulz(precision="high")` |
     | `"fast"` | `DWH(restart=False, polish=False)` | five steps, bfloat16 products |
 
-    `"exact"` brings every singular value from 1e-3 of the Frobenius norm up to within
-    1e-4 of one in float32; `"fast"`, for those who only need the direction (Muon), to
-    within 0.2, on CPU 0.05. The choice is made when the program is lowered, so one
-    program serves every platform. `benchmarks/README.md` has the measurements behind
-    it.
+    In float32, `"exact"` brings every singular value of at least 1e-3 of the Frobenius
+    norm to within 1e-4 of one. `"fast"`, for optimisers that need a direction only
+    (Muon), brings it to within 0.2, and 0.05 on CPU. The platform is known when the
+    program is lowered. The measurements are in `benchmarks/README.md`.
 
     Attributes:
       accuracy: `"exact"` or `"fast"`.
@@ -36,9 +35,9 @@ class Auto(PolarMethod):
       ValueError: for an unknown `accuracy`.
 
     Limits:
-      Singular values below 1e-3 of the Frobenius norm end between -1e-3 and 1.001: a
-      large square Gaussian matrix has some, use `SVD` where all of them must be one.
-      Null directions stay below 1e-2 under `"exact"`; under `"fast"`, bfloat16 products
+      Singular values below 1e-3 of the Frobenius norm end between -1e-3 and 1.001. A
+      large square Gaussian matrix has some: use `SVD` where all of them must be one.
+      Null directions stay below 1e-2 with `"exact"`; with `"fast"`, bfloat16 products
       leave noise of up to about 1e-1 in them. A zero matrix gives zero.
 
     Example:
@@ -66,10 +65,10 @@ class Auto(PolarMethod):
             )
 
     def on(self, platform: str, dtype: jax.typing.DTypeLike = "float32") -> PolarMethod:
-        """Return the method that is used on a platform: `"cpu"`, `"gpu"`, `"tpu"` ...
+        """Return the method used on a platform: `"cpu"`, `"gpu"`, `"tpu"` ...
 
-        A platform that is not known is served like an accelerator, by matrix products.
-        Products are rounded to bfloat16, once or twice, for float32 matrices alone.
+        An unknown platform is treated as an accelerator. Products are rounded to
+        bfloat16, or split into bfloat16 parts, for float32 matrices only.
         """
         fast = self.accuracy == "fast"
         if platform == "cpu":
@@ -81,7 +80,7 @@ class Auto(PolarMethod):
         return NewtonSchulz(precision="high" if single else None)
 
     def factor(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-        """Return the polar factors of a stack, `(b, m, n)`."""
+        """Return the polar factors of a batch, `(b, m, n)`."""
         cpu, other = (self.on(name, x.dtype) for name in ("cpu", "other"))
         return jax.lax.platform_dependent(
             x,
@@ -92,7 +91,7 @@ class Auto(PolarMethod):
     def split_flops(
         self, m: int, n: int, devices: int
     ) -> tuple[float, int, int] | None:
-        """Return what the method of the default platform answers."""
+        """Return `split_flops` of the default platform's method."""
         return self.on(jax.default_backend()).split_flops(m, n, devices)
 
     def flops(self, m: int, n: int) -> float:

@@ -6,7 +6,6 @@ singular values in `[0, 1]`. Every number is dimensionless.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 
 import jax
@@ -17,7 +16,7 @@ Table = tuple[Row, ...]
 
 # Newton-Schulz in its classical form: the Taylor polynomials of x (x^2)^(-1/2) around
 # one. Higham: "Functions of Matrices", SIAM 2008, eq. (8.20) (cubic), and the Pade
-# family [l/0] of Section 8.4 (quintic). As many steps as bring 1e-3 to within 1e-6.
+# family [l/0] of Section 8.4 (quintic). The numbers of steps bring 1e-3 to within 1e-6.
 CLASSIC_CUBIC: Table = ((1.5, -0.5),) * 21
 CLASSIC_QUINTIC: Table = ((15 / 8, -10 / 8, 3 / 8),) * 14
 
@@ -69,28 +68,27 @@ def polar_express(
     r"""Return the Polar Express table: the optimal quintic for every step in turn.
 
     Each row is the odd quintic that minimises $\max |1 - p(x)|$ over the interval
-    $[l, u]$ in which the earlier rows have left the singular values, found by the
-    Remez exchange in float64 and recentred so that the image of the interval is
-    symmetric around one. The composition is the optimal one of its length (Theorem
-    3.1 of the paper).
+    $[l, u]$ to which the earlier rows map the singular values, found by Remez exchange
+    in float64 and rescaled so that the image of the interval is symmetric around one.
+    The composition is optimal for its length (Theorem 3.1 of the paper).
 
     Args:
       lower: smallest singular value, relative to the largest, that the table brings to
         one; in (0, 1), dimensionless. Smaller ones stay below one.
-      steps: number of rows; default the smallest number whose composition is within
-        1e-7 of one on `[lower, 1]`.
-      safety: relative margin of every row but the last against singular values that
-        rounding has pushed above the interval, dimensionless.
-      cushion: lower ends below `cushion` times the upper end are raised to it when a
-        row is fitted, so that no row dips far below one in the middle of the
-        interval; in [0, 1), dimensionless.
+      steps: number of rows; default: as many as bring `[lower, 1]` to within 1e-7 of
+        one.
+      safety: relative margin, in every row but the last, for singular values that
+        rounding pushes above the interval, dimensionless.
+      cushion: a lower end below `cushion` times the upper end is raised to it when a
+        row is fitted, so that no row dips far below one inside the interval; in [0, 1),
+        dimensionless.
 
     Returns:
       `steps` rows `(a, b, c)`, a tuple of tuples of floats.
 
     Raises:
-      ValueError: if `lower` or `cushion` lies outside its interval, `steps` is not a
-        positive integer, or `safety` is negative.
+      ValueError: if an argument lies outside its interval, or `steps` is not a positive
+        integer.
 
     Limits:
       Singular values below `lower` are multiplied by the slope of the table at zero,
@@ -111,12 +109,11 @@ def polar_express(
       Their Application to the Muon Algorithm", 2025, arXiv 2505.16932, Algorithm 1 and
       Section 3.4 (finite precision).
     """
-    if not 0 < lower < 1:
-        raise ValueError(f"`lower` must lie strictly between 0 and 1, got {lower}.")
-    if not 0 <= cushion < 1:
-        raise ValueError(f"`cushion` must lie in [0, 1), got {cushion}.")
-    if safety < 0:
-        raise ValueError(f"`safety` must not be negative, got {safety}.")
+    if not (0 < lower < 1 and 0 <= cushion < 1 and safety >= 0):
+        raise ValueError(
+            "expected 0 < lower < 1, 0 <= cushion < 1 and safety >= 0, got "
+            f"lower={lower}, cushion={cushion}, safety={safety}."
+        )
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise ValueError(f"`steps` must be a positive integer or None, got {steps!r}.")
     return _compose(float(lower), steps, float(safety), float(cushion))
@@ -128,7 +125,7 @@ def _compose(lower: float, steps: int | None, safety: float, cushion: float) -> 
     for count in range(1, (steps or _MOST_STEPS) + 1):
         a, b, c = minimax(max(low, cushion * high), high)
         if low < cushion * high:
-            # Fitted on a shorter interval: recentre on the one that there is.
+            # Fitted on a shorter interval: recentre on the whole one.
             centre = (_value((a, b, c), low) + _value((a, b, c), high)) / 2
             a, b, c = a / centre, b / centre, c / centre
         last = count == steps
@@ -158,8 +155,8 @@ def minimax(low: float, high: float, length: int = 3) -> Row:
     if low >= high * (1 - _NARROW):
         quintic = np.array(CLASSIC_QUINTIC[0]) / high ** powers[:3]
         return (*map(float, quintic), *[0.0] * (length - 3))
-    # As many points of equal and alternating error and one more, the inner ones
-    # exchanged for the stationary points of the polynomial until they no longer move.
+    # Remez: the error alternates at `length + 1` points, the inner ones of which are
+    # exchanged for the polynomial's stationary points until they no longer move.
     nodes = np.cos(np.pi * np.arange(length, -1, -1) / length)
     points = low + (high - low) * (1 + nodes) / 2
     for _ in range(100):
@@ -174,7 +171,7 @@ def minimax(low: float, high: float, length: int = 3) -> Row:
 
 
 def table_text(table: Table) -> str:
-    """Return what one types for a table: its name, what makes it, or its rows."""
+    """Return the expression for a table: its name, the call that makes it, or rows."""
     for name in _NAMED:
         if table == globals()[name]:
             return name
@@ -182,39 +179,22 @@ def table_text(table: Table) -> str:
         return f"({table[0]},) * {len(table)}"
     for options in ({}, {"safety": 0.02}):
         if table == polar_express(steps=len(table), **options):
-            said = "".join(f", {name}={value}" for name, value in options.items())
-            return f"polar_express(steps={len(table)}{said})"
+            shown = "".join(f", {name}={value}" for name, value in options.items())
+            return f"polar_express(steps={len(table)}{shown})"
     return repr(table)
 
 
 def checked_table(coefficients: Sequence[Sequence[float]]) -> Table:
-    """Return a table as tuples of floats, or raise at what is malformed."""
-    advice = (
-        "expected one row (a, b, c) or (a, b) of Python numbers per step, such as "
-        "polar.JORDAN or ((1.5, -0.5),) * 10"
+    """Return a table as tuples of floats, or raise if it is malformed."""
+    expected = (
+        "`coefficients` must have one row (a, b, c) or (a, b) of finite Python numbers "
+        "per step, such as polar.JORDAN, polar.polar_express(steps=5) or "
+        "((1.5, -0.5),) * 10"
     )
-    if isinstance(coefficients, str):
-        raise TypeError(
-            f"`coefficients` is {coefficients!r}; {advice}. A table is an object, not "
-            "its name."
-        )
-    if isinstance(coefficients, int):
-        raise TypeError(
-            f"`coefficients` is {coefficients}; {advice}. So many steps of the optimal "
-            f"table: polar.polar_express(steps={coefficients})."
-        )
     try:
         rows = tuple(tuple(float(c) for c in row) for row in coefficients)
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
-        raise TypeError(f"`coefficients` is malformed: {advice} ({error}).") from None
-    except ValueError as error:
-        raise ValueError(f"`coefficients` is malformed: {advice} ({error}).") from None
-    lengths = {len(row) for row in rows}
-    if lengths not in ({2}, {3}):
-        raise ValueError(
-            f"`coefficients` has rows of length {sorted(lengths)}; {advice}."
-        )
-    for i, row in enumerate(rows):
-        if not all(map(math.isfinite, row)):
-            raise ValueError(f"`coefficients` row {i} is {row}, which is not finite.")
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(f"{expected}, got {coefficients!r} ({error}).") from None
+    if {*map(len, rows)} not in ({2}, {3}) or not np.all(np.isfinite(rows)):
+        raise ValueError(f"{expected}, got {rows}.")
     return rows

@@ -12,12 +12,12 @@ from orthax.polar._method import normalised, rank_tolerance
 def derivative(
     x: jax.Array, dx: jax.Array, exact: Callable[[jax.Array], jax.Array]
 ) -> jax.Array:
-    r"""Differentiate the exact factor, of a tall X = U P; a wide one is turned.
+    r"""Differentiate the exact factor of a tall X = U P; wide ones are transposed.
 
     $dU = U \Omega + (I - U U^H) dX P^{-1}$, where $\Omega$ solves the Sylvester
     equation $P \Omega + \Omega P = U^H dX - dX^H U$ (Higham 2008, Section 8.2 and
-    Problem 8.16), with inverses on the range of P alone. U is itself differentiable
-    and the equations are solved implicitly, so that every order follows.
+    Problem 8.16), with inverses restricted to the range of P. U is itself
+    differentiable and the equations are solved implicitly, which gives every order.
     """
     unit, divisors, finite = normalised(x)
     for divisor in divisors:

@@ -10,11 +10,10 @@ from orthax._linalg import adjoint, eigh, matmul
 from orthax.polar._method import (
     PolarMethod,
     check_positive_or_none,
-    gram,
     rank_tolerance,
     sides,
-    times,
 )
+from orthax.polar._products import gram, times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +24,19 @@ class GramEigh(PolarMethod):
     small symmetric eigenproblem, the cheapest of the decompositions.
 
     Attributes:
-      rank_tol: singular values not above `rank_tol` times the largest are dropped,
+      rank_tol: singular values of at most `rank_tol` times the largest are dropped,
         dimensionless; default the square root of `max(m, n) * eps`, below which the
         Gram matrix is rounding noise.
 
     Raises:
       ValueError: if `rank_tol` is not positive.
-      TypeError: if `rank_tol` is not a Python number.
 
     Limits:
-      The Gram matrix squares the condition number. In float32 a direction of relative
-      singular value s comes out with an error of about 1e-7 / s^2, and nothing below
-      the default `rank_tol` (about 8e-3 for a long side of 512) is recovered: it is
-      dropped, to zero. Use `SVD` or `NewtonSchulz` where small singular values matter.
-      A zero matrix gives zero.
+      The Gram matrix squares the condition number. In float32, a direction of relative
+      singular value s has an error of about 1e-7 / s^2, and directions below the
+      default `rank_tol` (about 8e-3 for a long side of 512) are dropped, to zero. Use
+      `SVD` or `NewtonSchulz` where small singular values matter. A zero matrix gives
+      zero.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,7 +58,7 @@ class GramEigh(PolarMethod):
         check_positive_or_none("rank_tol", self.rank_tol)
 
     def factor(self, x: jax.Array) -> jax.Array:
-        """Return the polar factors of a stack, `(b, m, n)`."""
+        """Return the polar factors of a batch, `(b, m, n)`."""
         values, v = eigh(gram(x))
         tol = self.rank_tol or rank_tolerance(x.shape, x.dtype) ** 0.5
         kept = values > tol**2 * values[:, -1:]

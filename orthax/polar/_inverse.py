@@ -1,4 +1,4 @@
-"""Inverses of positive definite matrices, nearly all of it in large products."""
+"""Inverses of positive definite matrices by Cholesky factors of small blocks."""
 
 import math
 
@@ -8,19 +8,18 @@ import numpy as np
 
 from orthax._linalg import adjoint, cholesky, matmul
 
-# Rows of the largest block whose Cholesky factor is computed. OpenBLAS, in which CPUs
-# work, gives larger ones to several threads, and its threads keep the cores from ours
-# long after they are done.
+# Rows of the largest block whose Cholesky factor is computed. On CPU, OpenBLAS gives
+# larger blocks to several threads, which spin long after they are done and slow ours.
 _BLOCK = 96
 
 
 def positive_definite_inverse(x: jax.Array) -> jax.Array:
-    r"""Return the inverses of Hermitian matrices with eigenvalues from one up.
+    r"""Return the inverses of Hermitian matrices whose eigenvalues are at least one.
 
-    By halves: with a leading block P, the block Q beside it and the Schur complement
-    S of P, the inverse has the blocks $P^{-1} + T S^{-1} T^H$, $-T S^{-1}$ and
-    $S^{-1}$, $T = P^{-1} Q$ (Horn, Johnson: "Matrix Analysis", 2nd edition, (0.7.3.1)).
-    That is `2 m^3` operations, nearly all of them in large products.
+    Recursively by halves: with the leading block P, the off-diagonal block Q and the
+    Schur complement S of P, the inverse has the blocks $P^{-1} + T S^{-1} T^H$,
+    $-T S^{-1}$ and $S^{-1}$, $T = P^{-1} Q$ (Horn, Johnson: "Matrix Analysis", 2nd
+    edition, (0.7.3.1)). That is `2 m^3` operations, nearly all in large products.
     """
     m = x.shape[-1]
     halvings = max(0, math.ceil(math.log2(m / _BLOCK)))
@@ -33,10 +32,10 @@ def positive_definite_inverse(x: jax.Array) -> jax.Array:
 
 
 def _inverse(x: jax.Array, halvings: int) -> jax.Array:
-    """Return inverses of matrices that can be halved so often.
+    """Return inverses of matrices whose size is divisible by `2**halvings`.
 
-    Both halves are inverted by one piece of code, in a loop of two turns: a program
-    for every block of every size would take long to compile.
+    A loop of two iterations inverts both halves with the same code: separate code for
+    every block of every size would take long to compile.
     """
     if not halvings:
         return _small_inverse(x)
@@ -45,21 +44,22 @@ def _inverse(x: jax.Array, halvings: int) -> jax.Array:
 
     def first(v: jax.Array, *_: jax.Array) -> tuple[jax.Array, ...]:
         t = matmul(v, q)
-        # Multiplying by an inverse is not as stable as solving; one refinement is.
+        # Multiplying by an inverse is less stable than solving; one refinement step
+        # makes up for it.
         t += matmul(v, q - matmul(p, t))
         return s - matmul(adjoint(q), t), v, t
 
     def second(v: jax.Array, p: jax.Array, t: jax.Array) -> tuple[jax.Array, ...]:
         return v, p, t
 
-    def turn(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def iteration(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         block, p, t = carry
         v = _inverse(block, halvings - 1)
         return jax.lax.cond(i == 0, first, second, v, p, t)
 
-    s, p, t = jax.lax.fori_loop(0, 2, turn, (p, q, q))
+    s, p, t = jax.lax.fori_loop(0, 2, iteration, (p, q, q))
     u = matmul(t, s)
-    # A sum of padded blocks compiles in half the time of concatenated ones.
+    # A sum of padded blocks compiles twice as fast as a concatenation.
     head, tail = (0, k, 0), (k, 0, 0)
 
     def block(x: jax.Array, rows: tuple, columns: tuple) -> jax.Array:
@@ -70,10 +70,10 @@ def _inverse(x: jax.Array, halvings: int) -> jax.Array:
 
 
 def _small_inverse(x: jax.Array) -> jax.Array:
-    r"""Return inverses by one Cholesky factor each and no triangular solve.
+    r"""Return inverses by one Cholesky factorisation each, without triangular solves.
 
-    The factor of $((X, I), (I, 2I))$, which is positive definite where $X \geq I$,
-    holds $L^{-H}$ below the factor L of X.
+    The factor of $((X, I), (I, 2I))$, positive definite for $X \geq I$, contains
+    $L^{-H}$ below the factor L of X.
     """
     m = x.shape[-1]
     border = np.zeros((2 * m, 2 * m), x.dtype)

@@ -1,4 +1,4 @@
-"""What a method is, and the steps that several of them share."""
+"""The base class of polar methods, and what several of them share."""
 
 import abc
 import dataclasses
@@ -8,20 +8,20 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from orthax._linalg import adjoint, frobenius, matmul, over
+from orthax._linalg import frobenius
 
 
 class PolarMethod(abc.ABC):
-    """A way to compute polar factors: a frozen dataclass, never a callable.
+    """Base class of polar methods: frozen dataclasses, never callable.
 
-    Write your own with the two methods that are abstract here. The rest are defaults.
+    A method of your own needs the two abstract methods; the others have defaults.
 
     Attributes:
-      any_scale: whether `factor` takes matrices as they are, of any scale and perhaps
-        not finite. Else they are floating or complex of at least 32 bits, finite, each
-        of Frobenius norm one or zero.
-      fills_null_space: whether zero rows or columns may become something else; where
-        they may not, matrices are padded to be worked on together.
+      any_scale: whether `factor` accepts matrices of any scale, finite or not. If not,
+        it is given finite matrices of Frobenius norm one or zero. Either way they are
+        floating or complex, of at least 32 bits.
+      fills_null_space: whether zero rows or columns may become nonzero; where they may
+        not, matrices of different shapes are padded and batched.
 
     Example:
       >>> import dataclasses
@@ -42,11 +42,11 @@ class PolarMethod(abc.ABC):
 
     @abc.abstractmethod
     def factor(self, x: jax.Array) -> jax.Array:
-        """Return the polar factors of `x`, shape and dtype of `x`, `(b, m, n)`.
+        """Return the polar factors of a batch `(b, m, n)`, with its shape and dtype.
 
-        Where `split_flops` gives something, called as `factor(x, axes)` too, inside
-        `jax.shard_map`, with what a device has of the columns of wide matrices, sharded
-        over the named mesh axes.
+        A method with `split_flops` is also called as `factor(x, axes)` inside
+        `jax.shard_map`, on one device's columns of wide matrices whose columns are
+        sharded over the named mesh axes.
         """
 
     @abc.abstractmethod
@@ -56,10 +56,10 @@ class PolarMethod(abc.ABC):
     def split_flops(
         self, m: int, n: int, devices: int
     ) -> tuple[float, int, int] | None:
-        """Return what it costs several devices to share the long side of one matrix.
+        """Return the cost of splitting the long side of one matrix over devices.
 
-        The operations of each, how often an m x m matrix is summed over them, and how
-        often a few numbers are; or None where it cannot be.
+        The operations of each device, how many m x m matrices are summed over the
+        devices, and how many times a few numbers are; None if it cannot be split.
         """
         del m, n, devices
         return None
@@ -67,19 +67,19 @@ class PolarMethod(abc.ABC):
     def on(
         self, platform: str, dtype: jax.typing.DTypeLike = "float32"
     ) -> "PolarMethod":
-        """Return what is used on a platform: `"cpu"`, `"gpu"`, `"tpu"` ..."""
+        """Return the method used on a platform: `"cpu"`, `"gpu"`, `"tpu"` ..."""
         del platform, dtype
         return self
 
 
 @dataclasses.dataclass(frozen=True)
 class Own(PolarMethod):
-    """A method that has `factor` and `flops` and is not derived from `PolarMethod`."""
+    """Adapter of an object with `factor` and `flops` that is not a `PolarMethod`."""
 
     method: Any
 
     def __repr__(self) -> str:
-        """Return what the method prints."""
+        """Return the representation of the wrapped method."""
         return repr(self.method)
 
     @property
@@ -97,56 +97,13 @@ class Own(PolarMethod):
         return self.method.flops(m, n)
 
 
-def gram(
-    x: jax.Array, axes: tuple[str, ...] = (), rows: int | None = None
-) -> jax.Array:
-    """Return the Gram matrix of the short side of every matrix of a stack.
-
-    Where `axes` are given, that of the rows, with the columns sharded over them. Where
-    `rows` are, it is the sum of those of so many along the long side, for short sides
-    up to that: parts of one size are added with less rounding than one at a time.
-    """
-    wide = bool(axes) or x.shape[-2] <= x.shape[-1]
-    short, long = x.shape[-2:] if wide else x.shape[:-3:-1]
-    if rows is not None and short <= rows < long:
-        product = _gram_in_parts(x, wide, -(-long // rows))
-    else:
-        product = matmul(x, adjoint(x)) if wide else matmul(adjoint(x), x)
-    return over(axes, jax.lax.psum, product)
-
-
-def _gram_in_parts(x: jax.Array, wide: bool, parts: int) -> jax.Array:
-    b, m, n = x.shape
-    short, long = sides(m, n)
-    # Not more parts than rows in each; a few more than asked for where they divide.
-    parts = min(parts, math.isqrt(long))
-    parts = next((p for p in range(parts, 2 * parts) if long % p == 0), parts)
-    pad = (0, -long % parts)
-    if wide:
-        x = jnp.pad(x, ((0, 0), (0, 0), pad)).reshape(b, short, parts, -1)
-        x = x.swapaxes(1, 2).reshape(b * parts, short, -1)
-        products = matmul(x, adjoint(x))
-    else:
-        x = jnp.pad(x, ((0, 0), pad, (0, 0))).reshape(b * parts, -1, short)
-        products = matmul(adjoint(x), x)
-    # A product adds them up faster than a sum does.
-    ones = jnp.ones((b, 1, parts), x.dtype)
-    return matmul(ones, products.reshape(b, parts, -1)).reshape(b, short, short)
-
-
-def times(q: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-    """Return the product of Q with the short side of X, matrix by matrix."""
-    wide = axes or x.shape[-2] <= x.shape[-1]
-    return matmul(q, x) if wide else matmul(x, q)
-
-
 def normalised(
     x: jax.Array, over_axes: tuple[str, ...] = ()
 ) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
-    """Return every matrix with Frobenius norm one or zero, two divisors, finiteness.
+    """Return matrices of Frobenius norm one or zero, the two divisors, and finiteness.
 
-    The factor does not depend on the divisors: derivatives take them for constants. A
-    matrix that is not finite is replaced by zero, so that no iteration ever meets one.
+    The factor does not depend on the divisors, so derivatives treat them as constants.
+    A matrix that is not finite is replaced by zero, so that no iteration sees one.
     """
     divisors = jax.lax.stop_gradient(frobenius(x, over_axes))
     finite = jnp.isfinite(divisors[1])
@@ -157,7 +114,7 @@ def normalised(
 
 
 def rank_tolerance(shape: tuple[int, ...], dtype: jnp.dtype) -> float:
-    """Return `max(m, n) eps`, numpy's and LAPACK's relative numerical rank."""
+    """Return `max(m, n) eps`, the relative tolerance of numpy's and LAPACK's rank."""
     return max(shape[-2:]) * float(jnp.finfo(dtype).eps)
 
 
@@ -168,12 +125,5 @@ def sides(m: int, n: int) -> tuple[int, int]:
 
 def check_positive_or_none(name: str, value: float | None) -> None:
     """Raise unless `value` is None or a finite number above zero."""
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(
-            f"`{name}` must be a Python number or None, got {value!r} of type "
-            f"{type(value).__name__}."
-        )
-    if not (math.isfinite(value) and value > 0):
+    if value is not None and not 0 < value < math.inf:
         raise ValueError(f"`{name}` must be finite and positive, got {value}.")

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthax._linalg import adjoint, frobenius, matmul, norm, over
-from orthax.polar._checks import checked_dtype, checked_precision, checked_restarts
+from orthax._linalg import adjoint, frobenius, norm
+from orthax.polar._checks import checked_dtype, checked_restarts
 from orthax.polar._coefficients import (
     CLASSIC_QUINTIC,
     Table,
@@ -19,51 +19,48 @@ from orthax.polar._coefficients import (
     table_text,
 )
 from orthax.polar._method import PolarMethod, check_positive_or_none, sides
-from orthax.polar._split import split_gram, split_matmul
+from orthax.polar._precision import Products
 
 # Aspect ratio from which the iteration on the small Gram matrix needs fewer
 # operations than the one on the matrix, for any number of restarts.
 _GRAM_ASPECT = 1.5
-# Short side from which `precision="high"` splits the factors of products. Smaller
-# matrices cost launches, not operations, and average less rounding away.
-_SPLIT_FROM = 192
 # Most steps of an adaptive run: enough for a condition number of 1e7 in float32.
 _MOST_STEPS = 24
 
 
 @dataclasses.dataclass(frozen=True)
 class NewtonSchulz(PolarMethod):
-    r"""Approximate polar factors, by a composition of odd polynomials.
+    r"""Approximate polar factors by a composition of odd polynomials.
 
     Every step maps the singular values by $p(\sigma) = a \sigma + b \sigma^3 (+ c
-    \sigma^5)$ and leaves the singular vectors alone; the table decides how near to one
-    they end. Only matrix products: the method for accelerators.
+    \sigma^5)$ and keeps the singular vectors; the table decides how close to one the
+    singular values end. Only matrix products: the method for accelerators.
 
     Attributes:
       coefficients: one row `(a, b, c)` or `(a, b)` per step, first step first,
         dimensionless; for singular values in [0, 1]. Default `polar_express()`.
-      gram: iterate on the Gram matrix of the short side and touch the long side only
-        at restarts. Default: where it can be and where the aspect ratio is 1.5 or more,
-        which is where it saves operations. It amplifies rounding, so it needs the
-        highest `precision`, no `dtype` and no `tolerance`.
-      restarts: after how many steps the Gram matrix is computed anew; default after 2,
-        4, 7, 10 ... steps. Without, rounding errors of the Gram iteration grow.
+      gram: iterate on the Gram matrix of the short side, and multiply with the long
+        side at restarts only. Default: if possible and if the aspect ratio is at least
+        1.5, which saves operations. It amplifies rounding, so it needs the highest
+        `precision`, no `dtype` and no `tolerance`.
+      restarts: the steps after which the Gram matrix is recomputed, which keeps its
+        rounding errors from growing; default 2, 4, 7, 10 ...
       dtype: round the inputs of every product to this dtype (`"bfloat16"`,
-        `"float16"`); sums, and the matrix itself, stay in the dtype worked in.
-      precision: `jax.lax.Precision` or its name, of every product; default the highest.
-        `"high"` means the same on every platform for float32: factors of products are
-        split into two bfloat16 numbers, 16 bits, for half the operations of the
-        highest on tensor cores and matrix units; with a short side below 192 it is the
-        highest. Elsewhere, and for other dtypes, it is what XLA makes of it.
+        `"float16"`); sums and the matrix itself keep their dtype.
+      precision: `jax.lax.Precision` of every product, or its name; default the highest.
+        `"high"` means the same on every platform for float32: each input is split into
+        two bfloat16 numbers, 16 bits, for half the operations of the highest on tensor
+        cores and matrix units; with a short side below 192 it is the highest. For other
+        values and dtypes it is what XLA makes of it.
       tolerance: stop each matrix when $\|A^2 - A\|_F \leq$ `tolerance`
-        $\sqrt{\mathrm{tr} A}$, $A = X X^H$, which holds for rank-deficient matrices
-        too; dimensionless. A matrix that has not reached it when the table ends goes
-        on with the classical polynomial, up to 24 steps in all. Default: no test, as
-        many steps as rows.
+        $\sqrt{\mathrm{tr} A}$, $A = X X^H$, which works for rank-deficient matrices
+        too; dimensionless. A matrix that has not reached it at the end of the table
+        continues with the classical polynomial, up to 24 steps in total. Default: no
+        test, one step per row.
 
     Raises:
       ValueError: for an empty table, rows that are not all of length two or all of
-        three, numbers that are not finite, restarts that are not ascending steps
+        length three, numbers that are not finite, restarts that are not ascending steps
         inside the table, restarts or `gram=True` where they would have no effect, a
         `tolerance` that is not positive, an unknown dtype or precision.
       TypeError: for coefficients that are not Python numbers (traced values cannot
@@ -71,10 +68,10 @@ class NewtonSchulz(PolarMethod):
 
     Limits:
       A zero matrix gives zero. Singular values far below the `lower` of the table stay
-      small: with the default, those below 1e-3 of the Frobenius norm end between 0 and
-      one. Rounding noise in the null space is amplified by the product of the leading
-      coefficients, to about 1e-4 with the defaults in float32, to about 1e-1 in half
-      precision. `tolerance` compiles to a `while_loop`.
+      small: with the default, those below 1e-3 of the Frobenius norm end between zero
+      and one. Rounding noise in the null space is amplified by the product of the
+      leading coefficients, to about 1e-4 with the defaults in float32 and to about 1e-1
+      in half precision. `tolerance` compiles to a `while_loop`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,44 +106,40 @@ class NewtonSchulz(PolarMethod):
         set_ = object.__setattr__
         set_(self, "coefficients", checked_table(self.coefficients))
         set_(self, "dtype", checked_dtype(self.dtype))
-        set_(self, "precision", checked_precision(self.precision))
+        precision = "highest" if self.precision is None else self.precision
+        set_(self, "precision", jax.lax.Precision(precision))
         check_positive_or_none("tolerance", self.tolerance)
-        if self.gram not in (None, True, False):
-            raise ValueError(f"`gram` must be None, True or False, got {self.gram!r}.")
         if self.gram and not self._gram_is_safe:
             raise ValueError(
                 "gram=True needs the highest `precision`, no `dtype` and no "
-                "`tolerance`: what lower precision rounds is amplified, and the matrix "
-                "that `tolerance` tests is not formed. Write gram=False, or leave them "
-                "out."
+                "`tolerance`: it amplifies rounding, and does not form the matrix that "
+                "`tolerance` tests. Use gram=False, or leave them out."
             )
         if self.restarts is not None:
             if self.gram is False or not self._gram_is_safe:
                 raise ValueError(
-                    "`restarts` belongs to the Gram iteration and has no effect with "
-                    "gram=False, a `dtype`, a `tolerance` or a lower `precision`: "
-                    "leave it out."
+                    "`restarts` only applies to the Gram iteration, which is not used "
+                    "with gram=False, a `dtype`, a `tolerance` or a lower `precision`."
                 )
             steps = len(self.coefficients)
             set_(self, "restarts", checked_restarts(self.restarts, steps))
 
     def __repr__(self) -> str:
-        """Return what one types: tables by their names, and no defaults."""
-        table = checked_table(self.coefficients)
-        said = [] if table == polar_express() else [table_text(table)]
+        """Return the expression that makes it: tables by name, without defaults."""
+        table = self.coefficients
+        arguments = [] if table == polar_express() else [table_text(table)]
         for name in ("gram", "restarts", "dtype", "tolerance"):
             value = getattr(self, name)
-            said += [] if value is None else [f"{name}={value!r}"]
-        precision = checked_precision(self.precision)
-        if precision != jax.lax.Precision.HIGHEST:
-            said.append(f"precision={precision.name.lower()!r}")
-        return f"{type(self).__name__}({', '.join(said)})"
+            arguments += [] if value is None else [f"{name}={value!r}"]
+        if self.precision != jax.lax.Precision.HIGHEST:
+            arguments.append(f"precision={self.precision.name.lower()!r}")
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def factor(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-        """Return the polar factors of a stack, `(b, m, n)`, of any scale.
+        """Return the polar factors of a batch, `(b, m, n)`, of any scale.
 
-        With sharded columns in Gram space where that is safe, whatever the aspect
-        ratio, with one sum over the devices a segment; else one a step.
+        With sharded columns, iterates on the Gram matrix where that is safe, with one
+        sum over the devices per segment; otherwise with one per step.
         """
         if self.dtype is not None and jnp.iscomplexobj(x):
             raise TypeError(
@@ -169,10 +162,7 @@ class NewtonSchulz(PolarMethod):
     def split_flops(
         self, m: int, n: int, devices: int
     ) -> tuple[float, int, int] | None:
-        """Return the operations of each device, and the sums over all of them.
-
-        Of matrices, and of numbers: three at once, for the norm.
-        """
+        """Return the operations of each device, and the sums over devices."""
         if self.tolerance is not None:
             return None
         if self._may_share_gram:
@@ -199,100 +189,59 @@ class NewtonSchulz(PolarMethod):
         return self._gram_is_safe and long >= _GRAM_ASPECT * short
 
     @property
+    def _products(self) -> Products:
+        return Products(self.dtype, self.precision)
+
+    @property
     def _may_share_gram(self) -> bool:
         return self._gram_is_safe and self.gram is not False
 
     @property
     def _gram_is_safe(self) -> bool:
-        return not self._low_precision and self.tolerance is None
-
-    @property
-    def _low_precision(self) -> bool:
-        return self.dtype is not None or self.precision != jax.lax.Precision.HIGHEST
-
-    def _splits(self, x: jax.Array) -> bool:
-        high = self.precision == jax.lax.Precision.HIGH and self.dtype is None
-        return high and x.dtype == jnp.float32 and min(x.shape[-2:]) >= _SPLIT_FROM
+        return self._products.exact and self.tolerance is None
 
     def _segments(self) -> list[Table]:
-        """Return the table cut at the restarts."""
+        """Return the table, divided at the restarts."""
         steps = len(self.coefficients)
         cuts = self.restarts
-        if cuts is None:  # the first steps amplify rounding most
+        if cuts is None:  # The first steps amplify rounding most.
             cuts = [i for i in (2, *range(4, steps, 3)) if i < steps - 1]
         ends = [0, *cuts, steps]
         return [self.coefficients[i:j] for i, j in itertools.pairwise(ends)]
 
-    def _matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
-        if self._splits(a) and self._splits(b):
-            return split_matmul(a, b)
-        if self.dtype is None:
-            exact = self.precision == jax.lax.Precision.HIGH and a.dtype == jnp.float32
-            precision = jax.lax.Precision.HIGHEST if exact else self.precision
-            return matmul(a, b, precision)
-        out = a.dtype
-        a, b = a.astype(self.dtype), b.astype(self.dtype)
-        return matmul(a, b, self.precision, out).astype(out)
-
-    def _gram_matrix(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-        wide = bool(axes) or x.shape[-2] <= x.shape[-1]
-        if self._splits(x):
-            gram = split_gram(x, wide)
-        elif wide:
-            gram = self._matmul(x, adjoint(x))
-        else:
-            gram = self._matmul(adjoint(x), x)
-        return over(axes, jax.lax.psum, gram)
-
-    def _apply(
-        self, p: jax.Array, a: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()
-    ) -> jax.Array:
-        """Return `(p + a I) X`, on the side of X that is short."""
-        if not self._low_precision:
-            p, a = p + a * jnp.eye(p.shape[-1], dtype=p.dtype)[None], None
-        y = self._times(p, x, axes)
-        # Rounded inputs would lose the small singular values that `a` lifts.
-        return y if a is None else y + a * x
-
-    def _times(
-        self, p: jax.Array, x: jax.Array, axes: tuple[str, ...] = ()
-    ) -> jax.Array:
-        wide = bool(axes) or x.shape[-2] <= x.shape[-1]
-        return self._matmul(p, x) if wide else self._matmul(x, p)
-
     def _direct(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         def step(i, x):
             row = _row(self.coefficients, i, jnp.finfo(x.dtype).dtype)
-            gram = self._gram_matrix(x, axes)
+            gram = self._products.gram(x, axes)
             p = row[1] * gram
             if len(row) == 3:
-                p += row[2] * self._gram_matrix(gram)
-            return self._apply(p, row[0], x, axes)
+                p += row[2] * self._products.gram(gram)
+            return self._products.apply(p, row[0], x, axes)
 
         return jax.lax.fori_loop(0, len(self.coefficients), step, x)
 
     def _gram(self, x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
         for rows in self._segments():
-            q = self._gram_segment(self._gram_matrix(x, axes), rows)
-            x = self._times(q, x, axes)
+            q = self._gram_segment(self._products.gram(x, axes), rows)
+            x = self._products.times(q, x, axes)
         return x
 
     def _gram_segment(self, r: jax.Array, rows: Table) -> jax.Array:
         """Return Q such that Q X is X after `rows`, from R = X X^H.
 
-        R, and the product Q of the steps so far, are polynomials of one Hermitian
-        matrix: Hermitian themselves, and commuting. Rounding breaks the symmetry, and
-        the iteration amplifies what is broken, so every product is symmetrised.
+        R and the product Q of the steps so far are polynomials of one Hermitian matrix,
+        so they are Hermitian and commute. Rounding breaks the symmetry, and the
+        iteration amplifies the error, so every product is symmetrised.
         """
         eye = jnp.eye(r.shape[-1], dtype=r.dtype)[None]
         q = None
         for i, row in enumerate(rows):
             z = row[0] * eye + row[1] * r
             if len(row) == 3:
-                z += row[2] * _hermitian(self._matmul(r, r))
-            q = z if q is None else _hermitian(self._matmul(q, z))
+                z += row[2] * _hermitian(self._products.matmul(r, r))
+            q = z if q is None else _hermitian(self._products.matmul(q, z))
             if i < len(rows) - 1:
-                r = _hermitian(self._matmul(z, self._matmul(r, z)))
+                r = _hermitian(self._products.matmul(z, self._products.matmul(r, z)))
         return q
 
     def _adaptive(self, x: jax.Array) -> jax.Array:
@@ -306,40 +255,39 @@ class NewtonSchulz(PolarMethod):
 
         def step(state):
             i, x, done = state
-            gram = self._gram_matrix(x)
-            square = self._matmul(gram, gram)
+            gram = self._products.gram(x)
+            square = self._products.matmul(gram, gram)
             trace = jnp.trace(gram, axis1=-2, axis2=-1).real
             distance = norm(square - gram, (-2, -1))
-            arrived = distance <= self.tolerance * jnp.sqrt(trace)
-            # The rows of a table are made for one after another and do not fix one:
-            # a matrix that has arrived gets one classical step, which does, and no
-            # more: its null space would fill with noise while others go on.
-            row = jnp.where(arrived[:, None], classic, rows[i])[:, :, None, None]
+            converged = distance <= self.tolerance * jnp.sqrt(trace)
+            # One is not a fixed point of the rows of a table. A matrix that has
+            # converged gets a classical step, for which it is, and only one: more
+            # would fill its null space with noise.
+            row = jnp.where(converged[:, None], classic, rows[i])[:, :, None, None]
             p = row[:, 1] * gram + row[:, 2] * square
-            stepped = self._apply(p, row[:, 0], x)
+            stepped = self._products.apply(p, row[:, 0], x)
             x = jnp.where(done[:, None, None], x, stepped)
-            return i + 1, x, done | arrived
+            return i + 1, x, done | converged
 
-        def goes_on(state):
+        def unfinished(state):
             i, _, done = state
             return (i < _MOST_STEPS) & ~jnp.all(done)
 
-        # A matrix that is not finite never arrives, and must not make the others wait.
-        hopeless = jnp.any(jnp.isnan(x), axis=(-2, -1))
-        return jax.lax.while_loop(goes_on, step, (0, x, hopeless))[1]
+        # A matrix that is not finite never converges, and must not delay the others.
+        not_finite = jnp.any(jnp.isnan(x), axis=(-2, -1))
+        return jax.lax.while_loop(unfinished, step, (0, x, not_finite))[1]
 
 
 def _normalised(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
-    """Return matrices of norm one, zero, or NaN where one is not finite."""
+    """Return matrices of norm one; zero stays zero, what is not finite becomes NaN."""
     scale, norm = frobenius(x, axes)
     return x / scale / norm
 
 
 def _row(rows: Table, i: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-    """Return the numbers of row `i`, by comparisons.
+    """Return the numbers of row `i`, selected by comparisons, which fuse on a TPU.
 
-    They become part of what they are used in. A slice of a table is a kernel of its own
-    on a TPU, which takes as long as a product of small matrices.
+    A slice of a table would be a kernel of its own, as slow as a small product.
     """
     columns = []
     for numbers in zip(*rows, strict=True):

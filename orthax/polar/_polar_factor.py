@@ -1,4 +1,4 @@
-"""The one operation: the orthogonal polar factor, with its derivative."""
+"""The orthogonal polar factor, differentiable for every method."""
 
 import functools
 
@@ -14,35 +14,34 @@ from orthax.polar._svd import SVD
 
 
 def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.Array:
-    r"""Return the orthogonal polar factor of every matrix in a stack.
+    r"""Return the orthogonal polar factor of every matrix in a batch.
 
     $X = U P$ with $P = (X^H X)^{1/2}$: $U$ is the nearest matrix to $X$ with
     orthonormal columns (rows, where it is wide) in every unitarily invariant norm.
 
     Args:
       x: matrices, shape `(*batch, m, n)`, any floating or complex dtype.
-      method: how; default `polar.Auto()`.
+      method: a polar method; default `polar.Auto()`.
 
     Returns:
-      The polar factors, shape and dtype of `x`. float32 and below are worked on in
-      float32, float64 in float64, complex likewise.
+      The polar factors, shape and dtype of `x`. Computed in float32 for narrower
+      dtypes, in float64 for float64, and likewise for complex.
 
     Raises:
-      TypeError: if `x` is no array of floating or complex numbers, or `method` is not a
-        method.
+      TypeError: if `x` is not an array of floating or complex numbers, or `method` is
+        not a polar method.
       ValueError: if `x` has fewer than two axes.
 
     Limits:
-      Scale-free: the result does not depend on a positive factor of `x`, for max|x|
-      from 1e-30 to 1e37 in float32. Zero gives zero (see `null_space` of `polar.SVD`
-      for the exception). NaN or infinity in a matrix gives NaN in all of that matrix
-      and in no other. An empty stack or matrix comes back as it is.
+      The result does not depend on the scale of `x`, for max|x| from 1e-30 to 1e37 in
+      float32. Zero gives zero (except with `null_space="complete"` of `polar.SVD`).
+      NaN or infinity in a matrix gives NaN in all of that matrix and in no other. An
+      empty batch or matrix is returned unchanged.
 
-      Differentiable in both modes and to any order, by the derivative of the exact
-      factor whatever the method, for which an SVD is computed. It is finite
-      everywhere: at equal singular values, where it exists, and at rank-deficient
-      matrices, where the factor is not differentiable and the derivative along
-      matrices of the same rank is given, zero at a zero matrix.
+      Differentiable in both modes and to any order. For every method this is the
+      derivative of the exact factor, and computes an SVD. It is finite everywhere: at
+      rank-deficient matrices, where the factor is not differentiable, it is the
+      derivative along matrices of the same rank, and zero at a zero matrix.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,26 +65,26 @@ def polar_factor(x: jax.typing.ArrayLike, method: PolarMethod = Auto()) -> jax.A
 def split_polar_factors(
     x: jax.Array, axes: tuple[str, ...], method: PolarMethod = Auto()
 ) -> jax.Array:
-    """Return what a device has of polar factors whose columns are sharded.
+    """Return this device's part of polar factors whose columns are sharded.
 
-    For use inside `jax.shard_map`: only the Gram matrices of the rows are summed over
-    the devices.
+    For use inside `jax.shard_map`: only Gram matrices of the rows are summed over the
+    devices.
 
     Args:
-      x: what this device has of matrices with at most as many rows as columns, shape
+      x: this device's columns of matrices with at most as many rows as columns, shape
         `(b, m, n / devices)`, any floating or complex dtype.
       axes: the mesh axes over which the columns are sharded.
-      method: one with `split_flops`, as `polar.NewtonSchulz()` and `polar.DWH()`.
+      method: one with `split_flops`, such as `polar.NewtonSchulz()` or `polar.DWH()`.
 
     Returns:
-      The same part of the polar factors, shape and dtype of `x`.
+      The same columns of the polar factors, shape and dtype of `x`.
 
     Raises:
       TypeError: as `polar_factor`.
       ValueError: if `method` cannot work on a part of the columns.
 
     Limits:
-      As those of the method. No derivative of its own: differentiate around it.
+      Those of the method. Not differentiable.
 
     Example:
       >>> import jax
@@ -104,11 +103,10 @@ def split_polar_factors(
       True
 
     References:
-      Dao-AILab: "Gram Newton-Schulz", 2026 (the Gram matrix is all that rows share).
+      Dao-AILab: "Gram Newton-Schulz", 2026 (only the Gram matrix couples the rows).
     """
     method = check_method(method)
     check_matrices(x)
-
     if method.split_flops(1, 1, 1) is None:
         raise ValueError(f"{method} cannot work on a part of the columns.")
     return _factor(working(x), method, axes).astype(x.dtype)
@@ -126,7 +124,7 @@ def _factors_jvp(method, primals, tangents):
     return _factors(x, method), derivative(x, dx, exact)
 
 
-# Compiled once for each shape and method, also where polar_factor is called eagerly.
+# Compiled once for each shape and method, even if polar_factor is called eagerly.
 _compiled = jax.jit(_factors, static_argnames="method")
 
 

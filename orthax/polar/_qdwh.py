@@ -1,4 +1,4 @@
-"""The exact polar factor, by the QR-weighted dynamic Halley iteration."""
+"""Exact polar factors by the QR-based dynamically weighted Halley iteration."""
 
 import dataclasses
 
@@ -6,25 +6,25 @@ import jax
 import jax.numpy as jnp
 
 from orthax import _linalg
-from orthax.polar._method import PolarMethod, sides
+from orthax.polar._method import PolarMethod, check_positive_or_none, sides
 
 
 @dataclasses.dataclass(frozen=True)
 class QDWH(PolarMethod):
-    """Exact polar factors, by JAX's QR-weighted dynamic Halley iteration (QDWH).
+    """Exact polar factors by `jax.lax.linalg.qdwh`, dynamically weighted Halley steps.
 
-    The most accurate method for full-rank matrices, of any aspect ratio.
+    The most accurate method for full-rank matrices of any aspect ratio.
 
     Attributes:
-      max_iterations: most iterations of `jax.lax.linalg.qdwh`; float32 needs about six.
+      max_iterations: maximum number of iterations; float32 needs about six.
 
     Raises:
-      ValueError: if `max_iterations` is not a positive integer.
+      ValueError: if `max_iterations` is not positive.
 
     Limits:
       Completes the null space with arbitrary directions, of length anywhere in [0, 1];
-      a zero matrix gives zero. A `while_loop` inside: the slowest matrix of a stack
-      decides on an accelerator. Slow to compile. Inside `jax.shard_map` it needs
+      a zero matrix gives zero. It is a `while_loop`: on an accelerator a batch takes as
+      long as its slowest matrix. Slow to compile. Inside `jax.shard_map` it needs
       `check_vma=False`.
 
     Example:
@@ -42,20 +42,16 @@ class QDWH(PolarMethod):
     max_iterations: int = 10
 
     def __post_init__(self):
-        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
-            raise ValueError(
-                "`max_iterations` must be a positive integer, got "
-                f"{self.max_iterations!r}."
-            )
+        check_positive_or_none("max_iterations", self.max_iterations)
 
     def factor(self, x: jax.Array) -> jax.Array:
-        """Return the polar factors of a stack, `(b, m, n)`."""
+        """Return the polar factors of a batch, `(b, m, n)`."""
         wide = x.shape[-2] < x.shape[-1]
         tall = x.mT if wide else x
         zero = jnp.all(tall == 0, axis=(-2, -1), keepdims=True)
-        # A zero matrix would divide zero by zero inside; any other stands in for it.
-        stand_in = jnp.eye(*tall.shape[-2:], dtype=x.dtype)
-        u = _linalg.qdwh(jnp.where(zero, stand_in, tall), self.max_iterations)
+        # A zero matrix would lead to 0 / 0; compute the factor of another instead.
+        other = jnp.eye(*tall.shape[-2:], dtype=x.dtype)
+        u = _linalg.qdwh(jnp.where(zero, other, tall), self.max_iterations)
         u = jnp.where(zero, 0, u)
         return u.mT if wide else u
 

@@ -1,4 +1,4 @@
-"""The exact polar factor, by the thin singular value decomposition."""
+"""Exact polar factors by the thin singular value decomposition."""
 
 import dataclasses
 
@@ -18,25 +18,23 @@ _NULL_SPACES = ("zero", "complete")
 
 @dataclasses.dataclass(frozen=True)
 class SVD(PolarMethod):
-    r"""Exact polar factors, by the thin singular value decomposition.
+    r"""Exact polar factors by the thin singular value decomposition.
 
-    $X = U \Sigma V^H$ gives $U V^H$. The reference that the other methods are measured
-    against, and the method of the paper.
+    $X = U \Sigma V^H$ gives $U V^H$. The paper's method, and the reference for the
+    others.
 
     Attributes:
-      null_space: what becomes of singular directions whose singular value is not above
-        `rank_tol` times the largest. `"zero"` drops them: the result is
-        $U_r V_r^H$, the partial isometry of the polar decomposition, and a zero matrix
-        gives zero. `"complete"` keeps all of $U V^H$, as the paper does: there the
-        factor is not unique, and the completion is arbitrary and not reproducible.
+      null_space: what happens to directions whose singular value is at most `rank_tol`
+        times the largest. `"zero"` drops them: the result is $U_r V_r^H$, the partial
+        isometry of the polar decomposition, and a zero matrix gives zero. `"complete"`
+        keeps all of $U V^H$, as the paper does; the factor is not unique there, and the
+        completion is arbitrary and not reproducible.
       rank_tol: relative threshold of `"zero"`, dimensionless; default
-        `max(m, n) * eps` of the dtype worked in, the numerical rank as numpy and
-        LAPACK define it.
+        `max(m, n) * eps` of the dtype computed in, numpy's and LAPACK's numerical rank.
 
     Raises:
-      ValueError: for an unknown `null_space`, a `rank_tol` that is not positive, or one
-        given together with `"complete"`, which has no use for it.
-      TypeError: if `rank_tol` is not a Python number.
+      ValueError: for an unknown `null_space`, a `rank_tol` that is not positive, or a
+        `rank_tol` together with `"complete"`, where it has no effect.
 
     Limits:
       Two to three orders of magnitude slower than Newton-Schulz on accelerators, and
@@ -68,11 +66,11 @@ class SVD(PolarMethod):
         if self.null_space == "complete" and self.rank_tol is not None:
             raise ValueError(
                 '`rank_tol` has no effect with null_space="complete", which keeps '
-                'every direction: leave it out, or write null_space="zero".'
+                "every direction."
             )
 
     def factor(self, x: jax.Array) -> jax.Array:
-        """Return the polar factors of a stack, `(b, m, n)`."""
+        """Return the polar factors of a batch, `(b, m, n)`."""
         u, s, vh = thin_svd(x)
         if self.null_space == "zero":
             tol = self.rank_tol or rank_tolerance(x.shape, x.dtype)

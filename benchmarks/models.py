@@ -20,13 +20,14 @@ import jax
 
 from benchmarks import tables
 from orthax import components
+from orthax.internal.components import Decision
 
 KEY = ("code", "rule")
 OUTCOMES = ("right", "flagged", "raised", "wrong", "left")
 Leaf = dict[str, Any]
 
 
-def by_name(path: str, shape: tuple[int, ...]) -> components.Decision | None:
+def by_name(path: str, shape: tuple[int, ...]) -> Decision | None:
     """Return the decision of the default rule, or None where it raises."""
     leaf = jax.ShapeDtypeStruct(shape, "float32")
     try:
@@ -35,20 +36,20 @@ def by_name(path: str, shape: tuple[int, ...]) -> components.Decision | None:
         return None
 
 
-def by_rank(path: str, shape: tuple[int, ...]) -> components.Decision:
+def by_rank(path: str, shape: tuple[int, ...]) -> Decision:
     """Return the decision of a rule that counts axes."""
     del path
     cut = components.Matricisation((0,), (1,)) if len(shape) == 2 else None
-    return components.Decision(cut, "two axes" if cut else "AdamW")
+    return Decision(cut, "two axes" if cut else "AdamW")
 
 
-RULES: dict[str, Callable[..., components.Decision | None]] = {
+RULES: dict[str, Callable[..., Decision | None]] = {
     "orthax, ByName()": by_name,
     "two axes (Optax, rollfast)": by_rank,
 }
 
 
-def outcome(leaf: Leaf, decision: components.Decision | None) -> str:
+def outcome(leaf: Leaf, decision: Decision | None) -> str:
     """Return what a decision is worth.
 
     A vector, one side of which is one, has no wrong axes. Rows and columns may be

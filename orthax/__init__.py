@@ -1,8 +1,8 @@
 """Orthogonal polar factors of gradients, activations and weights, for JAX and Optax."""
 
-import importlib
-import importlib.metadata
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import importlib.metadata as _metadata
+import typing as _typing
 
 from orthax import (
     components as components,
@@ -40,28 +40,31 @@ __version__ = "0.1.0"
 
 orthogonalize = orthogonalise  # The other American spellings are found by name.
 
-if TYPE_CHECKING:  # pragma: no cover
+if _typing.TYPE_CHECKING:  # pragma: no cover
     from orthax import nn as nn
 else:
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> _typing.Any:
         """Import `orthax.nn`, and Flax with it, when it is first asked for."""
         if name == "nn":
-            return importlib.import_module("orthax.nn")
+            return _importlib.import_module("orthax.nn")
         return _american(__name__)(name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), "nn"})
 
 
 def _refuse_the_other_orthax() -> None:
     """Raise if the distribution `orthax` (orthogonal polynomials) is installed too."""
     try:
-        other = importlib.metadata.version("orthax")
-    except importlib.metadata.PackageNotFoundError:
+        other = _metadata.version("orthax")
+    except _metadata.PackageNotFoundError:
         return
     raise ImportError(
-        f"The distribution 'orthax' {other} (orthogonal polynomials) is installed "
-        "beside 'orthax-optim', and both install a package called 'orthax', so one has "
-        "overwritten files of the other. Mend it with: pip uninstall -y orthax "
-        "orthax-optim && pip install orthax-optim"
+        f"The distribution 'orthax' {other} (orthogonal polynomials) and 'orthax-optim' "
+        "both install a package named 'orthax', so one has overwritten files of the "
+        "other. To fix this, run: pip uninstall -y orthax orthax-optim && pip install "
+        "orthax-optim"
     )
 
 

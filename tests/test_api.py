@@ -113,18 +113,9 @@ def test_arguments_documented_annotated_and_keyword_only(name):
     assert inspect.signature(function).return_annotation is not inspect.Signature.empty
 
 
-# Checks that raise, or plain look-ups: nothing to show.
-WITHOUT_EXAMPLE = {
-    "components.check_rule",
-    "components.decide_all",
-}
-
-
 @each_function
 def test_sections(name):
     text = inspect.getdoc(FUNCTIONS[name])
-    if name in WITHOUT_EXAMPLE:
-        return
     assert ">>> " in text, "no example"
     for section in ("Args:", "Returns:", "Example:"):
         assert section in text, f"no section {section}"

@@ -18,6 +18,7 @@ from flax import nnx
 import orthax
 from orthax import components, diagnostics, low_rank, polar, transforms
 from orthax.components import ByTree, Matricisation as Cut
+from orthax.internal.components import check_rule
 
 DENSE = Cut((0,), (1,))
 CONV = Cut((0, 1, 2), (3,))
@@ -109,7 +110,7 @@ def test_trees_made_from_the_parameters(make):
 
 def test_a_tree_is_a_hashable_value():
     rule, other = ByTree(PREFIX), ByTree({**PREFIX, "mlp": None})
-    assert rule == components.check_rule(copy.deepcopy(PREFIX)) != other
+    assert rule == check_rule(copy.deepcopy(PREFIX)) != other
     assert hash(rule) == hash(ByTree(PREFIX))
     assert not callable(rule)
     for again in (

@@ -14,6 +14,7 @@ from matrices import factor, gaussian, to_double, with_spectrum
 
 import orthax
 from orthax import components, execution, polar
+from orthax.internal.execution import Factors
 from orthax.polar._halley import final_polynomial, halley_weights
 from orthax.polar._inverse import positive_definite_inverse
 from orthax.polar._products import gram
@@ -280,7 +281,7 @@ def test_derivative_on_many_stacks_is_that_of_every_stack(x64):
 
     def together(xs):
         rule = components.ByPath([("", components.Matricisation((-2,), (-1,)))])
-        return weighted(execution.map_matrices(execution.Factors(DWH()), xs, rule))
+        return weighted(execution.map_matrices(Factors(DWH()), xs, rule))
 
     def apart(xs):
         return weighted([orthax.polar_factor(x, polar.SVD()) for x in xs])

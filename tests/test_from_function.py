@@ -17,13 +17,14 @@ from programs import DENSE, D, X, shape
 import orthax
 from orthax import components
 from orthax.components import from_function
+from orthax.internal.components import decide_all
 
 
 def cuts(tree, rule):
     """Return the cut of every leaf of rank 2 or more, or the error it raises."""
     return {
         leaf.path: leaf.error or leaf.decision.cut
-        for leaf in components.decide_all(tree, rule)
+        for leaf in decide_all(tree, rule)
         if len(leaf.value.shape) > 1
     }
 

@@ -17,6 +17,7 @@ from flax import nnx
 
 import orthax
 from orthax import components, polar
+from orthax.internal.components import decide_all
 
 RAISES = layers.RAISES
 
@@ -37,9 +38,7 @@ def tree_of(model):
 
 def decided(model, **how):
     """Return the cut of every leaf, or `RAISES` and the message."""
-    all_leaves = components.decide_all(
-        tree_of(model), components.from_model(model, **how)
-    )
+    all_leaves = decide_all(tree_of(model), components.from_model(model, **how))
     cuts = {x.path: RAISES if x.error else x.decision.cut for x in all_leaves}
     return cuts, {x.path: x.error for x in all_leaves if x.error}
 

@@ -18,6 +18,7 @@ from layers import Cut
 import orthax
 from orthax import components, execution
 from orthax.components import ByName, ByPath
+from orthax.internal.components import decide_all
 
 
 def cuts(tree, rule):
@@ -384,7 +385,7 @@ def test_names_that_are_in_no_path_raise(rule, named):
         components.resolve(tree, rule)
     for text in (*named, "orthax.explain", 'unmatched="ignore"'):
         assert text in str(error.value)
-    assert len(components.decide_all(tree, rule)) == 2, "explain shows the others"
+    assert len(decide_all(tree, rule)) == 2, "explain shows the others"
     inner = getattr(rule, "rule", rule)
     ignoring = dataclasses.replace(inner, unmatched="ignore")
     if inner is not rule:

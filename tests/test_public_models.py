@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import models
 from orthax import components
+from orthax.internal.components import Decision
 
 Cut = components.Matricisation
 RAISES, GUESS = "raises", "guess"
@@ -236,12 +237,12 @@ def test_no_leaf_of_a_public_model_is_wrong_in_silence():
 
 def test_what_a_decision_is_worth():
     leaf = {"shape": [8, 4, 6], "kind": "matrix", "rows": [0], "columns": [1, 2]}
-    decision = components.Decision(Cut((1, 2), (0,)), "")
+    decision = Decision(Cut((1, 2), (0,)), "")
     assert models.outcome(leaf, decision) == "right"
     assert models.outcome(leaf, decision._replace(cut=Cut((0,), (2,)))) == "wrong"
-    guess = components.Decision(Cut((0,), (2,)), "", True)
+    guess = Decision(Cut((0,), (2,)), "", True)
     assert models.outcome(leaf, guess) == "flagged"
-    assert models.outcome(leaf, components.Decision(None, "")) == "left"
+    assert models.outcome(leaf, Decision(None, "")) == "left"
     assert models.outcome(leaf, None) == "raised"
     table = leaf | {"shape": [100, 8], "kind": "embed"}
     assert models.outcome(table, models.by_rank("embedding", (100, 8))) == "wrong"

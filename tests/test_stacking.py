@@ -12,9 +12,10 @@ import pytest
 from matrices import factor, with_spectrum
 
 import orthax
-from orthax import components, execution, polar
+from orthax import components, polar
 from orthax.execution import Stacking, Work
 from orthax.execution._batches import Limits, batches_of, call, limits_of
+from orthax.internal.execution import Factors
 
 SHAPE = jax.ShapeDtypeStruct
 cases = pytest.mark.parametrize("seed", range(80))
@@ -300,9 +301,9 @@ class Padded(Own):
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "abacus"])
 def test_who_may_be_padded(platform):
     for method in (*FILLING, Own()):
-        assert not execution.Factors(method).on(platform).zeros_for_zeros
+        assert not Factors(method).on(platform).zeros_for_zeros
     for method in (*OTHERS, Padded()):
-        assert execution.Factors(method).on(platform).zeros_for_zeros
+        assert Factors(method).on(platform).zeros_for_zeros
     same = limits_of(platform) == limits_of("gpu")
     assert same == (platform not in ("cpu", "tpu"))
 

@@ -18,9 +18,9 @@ def path_string(path: tuple[Any, ...]) -> str:
 
     Example:
       >>> import jax
-      >>> from orthax import components
+      >>> from orthax.internal.components import path_string
       >>> [(path, _)], _ = jax.tree_util.tree_flatten_with_path({"a": [1.0]})
-      >>> components.path_string(path)
+      >>> path_string(path)
       'a/0'
     """
     last = path[-1] if path else None

@@ -138,9 +138,9 @@ def in_one_message(errors: Sequence[str]) -> str:
       them end with, the advice, follow once.
 
     Example:
-      >>> from orthax import components
+      >>> from orthax.internal.components import in_one_message
       >>> errors = ["'a' is odd. Say what.", "'b' is odd. Say what."]
-      >>> print(components.in_one_message(errors))
+      >>> print(in_one_message(errors))
       'a' is odd.
       'b' is odd.
       Say what.

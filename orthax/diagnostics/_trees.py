@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from orthax import components
+from orthax.internal.components import decide_all
 
 _EVERY_LEAF = components.ByPath([("", None)])
 _SHOWN = 5
@@ -13,7 +14,7 @@ _SHOWN = 5
 
 def floating_leaves(tree: Any) -> dict[str, Any]:
     """Return the floating and complex leaves of a tree, of every rank, by path."""
-    leaves = components.decide_all(tree, _EVERY_LEAF)
+    leaves = decide_all(tree, _EVERY_LEAF)
     return by_path((leaf.path, leaf.value) for leaf in leaves if _is_floating(leaf))
 
 

@@ -73,7 +73,8 @@ class Factors:
     Example:
       >>> import jax.numpy as jnp
       >>> from orthax import execution, polar
-      >>> factors = execution.Factors(polar.Auto())
+      >>> from orthax.internal.execution import Factors
+      >>> factors = Factors(polar.Auto())
       >>> execution.map_matrices(factors, [3 * jnp.eye(2)])[0].round(4).tolist()
       [[1.0, 0.0], [0.0, 1.0]]
     """

@@ -13,6 +13,7 @@ from orthax.execution._explanation import Explanation, Row, Share, Stack
 from orthax.execution._layout import layouts, named_layouts
 from orthax.execution._plan import Plan, divisions_of, plan_of
 from orthax.execution._stacking import Stacking
+from orthax.internal.components import check_rule, decide_all
 from orthax.internal.polar import check_method
 
 _PLANS = {Local: "local", Shared: "stack", Split: "split", Constrained: "compiler"}
@@ -76,11 +77,11 @@ def explain(
       1 x (72 x 16)  1        1       float32  0.213  0.00439
       one update                               0.213  0.00439
     """
-    method, rule = check_method(method), components.check_rule(rule)
+    method, rule = check_method(method), check_rule(rule)
     _check_call(params, platform)
     platform = jax.default_backend() if platform is None else platform
     method = method.on(platform)
-    leaves = components.decide_all(params, rule)
+    leaves = decide_all(params, rule)
     if shardings is None:
         shardings = [getattr(leaf.value, "sharding", None) for leaf in leaves]
     else:

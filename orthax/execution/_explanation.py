@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from orthax import components, polar
+from orthax import polar
 from orthax.execution._tables import (
     Table,
     after,
@@ -13,6 +13,7 @@ from orthax.execution._tables import (
     as_text,
     paragraph,
 )
+from orthax.internal.components import in_one_message
 
 # Most shapes of matrices that one line of a table lists.
 _SHOWN = 2
@@ -154,7 +155,7 @@ class Explanation(NamedTuple):
         if errors:
             text += f"; {len(errors)} AMBIGUOUS, which raises:"
         notes = [text + ("" if errors else ".")]
-        notes += components.in_one_message(errors).splitlines()
+        notes += in_one_message(errors).splitlines()
         if self.unused:
             names = ", ".join(self.unused)
             notes.append(f"The rule names what is in no path: {names}.")

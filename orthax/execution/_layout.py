@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from orthax.components import Leaf, Matricisation, path_string
+from orthax.components import Leaf, Matricisation
+from orthax.internal.components import path_string
 
 Axes = tuple[str, ...]
 P = jax.sharding.PartitionSpec

@@ -21,8 +21,8 @@ def mesh_of(xs: Sequence[jax.Array]) -> jax.sharding.AbstractMesh:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import execution
-      >>> execution.mesh_of([jnp.ones(2)]).explicit_axes
+      >>> from orthax.internal.execution import mesh_of
+      >>> mesh_of([jnp.ones(2)]).explicit_axes
       ()
     """
     meshes = [jax.typeof(x).sharding.mesh for x in xs]
@@ -43,9 +43,9 @@ def by_compiler(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import execution
+      >>> from orthax.internal.execution import by_compiler
       >>> x = jnp.ones((2, 3))
-      >>> flat = execution.by_compiler(lambda x: (x.ravel().reshape(2, 3) * 2,), [x])
+      >>> flat = by_compiler(lambda x: (x.ravel().reshape(2, 3) * 2,), [x])
       >>> float(flat(x)[0][0, 0])
       2.0
     """
@@ -80,11 +80,12 @@ def along_axes(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from orthax import components, execution
+      >>> from orthax import components
+      >>> from orthax.internal.execution import along_axes
       >>> cut = components.Matricisation(rows=(0,), columns=(1,))
       >>> def centred(rows, columns, x):
       ...     return x - x.mean(rows + columns, keepdims=True)
-      >>> execution.along_axes(centred, cut, jnp.array([[1.0, 3.0]])).tolist()
+      >>> along_axes(centred, cut, jnp.array([[1.0, 3.0]])).tolist()
       [[-1.0, 1.0]]
     """
     cut = cut.on(xs[0].ndim)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthax import execution
 from orthax._linalg import matmul, replicated, thin_svd, working
+from orthax.internal.execution import by_compiler
 from orthax.low_rank._schedule import OIALR
 from orthax.low_rank._sharding import not_finite
 from orthax.low_rank._state import LowRankState, check_state, sigmas, squeezed
@@ -105,7 +105,7 @@ def _diagonalised(
         return matmul(u, a), diagonal.astype(sigma.dtype), matmul(bt, vt)
 
     factors = u, sigma, vt
-    return execution.by_compiler(rotated, factors)(*factors)
+    return by_compiler(rotated, factors)(*factors)
 
 
 @jax.jit

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from orthax import components
+from orthax.internal.components import Decision, check_rule
 
 _SIGMA = components.Matricisation((-2,), (-1,))
 
@@ -44,7 +45,7 @@ def with_sigmas(
       >>> updates["conv"]["kernel"].diagonal().round(3).tolist()
       [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     """
-    rule = components.check_rule(rule)
+    rule = check_rule(rule)
     leaves = components.resolve(params, rule)
     shapes = tuple((leaf.path, tuple(leaf.value.shape)) for leaf in leaves if leaf.cut)
     return WithSigmas(rule, shapes)
@@ -66,7 +67,7 @@ class WithSigmas:
         """Return which axes of the leaf at `path` form matrices."""
         return self.decide(path, leaf).cut
 
-    def decide(self, path: str, leaf: Any) -> components.Decision:
+    def decide(self, path: str, leaf: Any) -> Decision:
         """Return which axes of the leaf at `path` form matrices, with the reason."""
         shape = tuple(leaf.shape)
         dense = dict(self.shapes).get(path)
@@ -77,12 +78,12 @@ class WithSigmas:
                     f"weight has shape {dense}: build the rule with "
                     "low_rank.with_sigmas from the parameters that are trained."
                 )
-            return components.Decision(_SIGMA.on(len(shape)), "Sigma")
+            return Decision(_SIGMA.on(len(shape)), "Sigma")
         if hasattr(self.rule, "decide"):
             decision = self.rule.decide(path, leaf)
         else:
             cut = self.rule.resolve(path, leaf)
-            decision = components.Decision(cut, type(self.rule).__name__)
+            decision = Decision(cut, type(self.rule).__name__)
         if dense is not None and decision.cut is not None:
             _check_unambiguous(decision.cut.on(len(shape)), path, shape)
         return decision

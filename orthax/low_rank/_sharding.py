@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthax import components, execution
+from orthax import components
 from orthax._linalg import replicated
+from orthax.internal.execution import mesh_of
 
 P = jax.sharding.PartitionSpec
 
@@ -75,7 +76,7 @@ def auto_sharded(
       spec: of the result where axes are explicit; None: replicated.
       *xs: its arguments.
     """
-    mesh = execution.mesh_of(xs)
+    mesh = mesh_of(xs)
     axes = mesh.explicit_axes
     if not axes:
         return f(*xs)

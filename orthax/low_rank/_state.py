@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from orthax import components
+from orthax.internal.components import path_string
 
 
 @jax.tree_util.register_dataclass
@@ -93,7 +94,7 @@ def owner_of(path: str, paths: Collection[str]) -> str | None:
 def paths_of(tree: Any) -> list[str]:
     """Return the paths of the leaves of a tree, in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [components.path_string(path) for path, _ in leaves]
+    return [path_string(path) for path, _ in leaves]
 
 
 def check_state(state: Any) -> None:

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from orthax import components
+from orthax.internal.components import check_rule
 from orthax.low_rank._eligible import Order, check_order
 from orthax.low_rank._factorise import factorise
 from orthax.low_rank._moments import check_moments, convert_opt_state
@@ -78,7 +79,7 @@ class Trainer:
             raise TypeError(
                 f"`config` must be a low_rank.OIALR(...), got {self.config!r}."
             )
-        object.__setattr__(self, "rule", components.check_rule(self.rule))
+        object.__setattr__(self, "rule", check_rule(self.rule))
         check_moments(self.moments, self.kinds)
         needs = ("keep_first", "keep_last", "layer_step")
         check_order(self.order, {name: getattr(self.config, name) for name in needs})

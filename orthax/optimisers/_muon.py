@@ -6,6 +6,7 @@ import jax
 import optax
 
 from orthax import components, execution, polar, transforms
+from orthax.internal.components import check_rule
 from orthax.internal.transforms import (
     check_dtype,
     check_hyperparameters,
@@ -82,7 +83,7 @@ def muon(
         weight_decay=weight_decay,
     )
     _check_rest(rest)
-    rule = components.check_rule(rule)
+    rule = check_rule(rule)
     matrices = optax.chain(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
@@ -157,7 +158,7 @@ def normuon(
         weight_decay=weight_decay,
     )
     _check_rest(rest)
-    rule = components.check_rule(rule)
+    rule = check_rule(rule)
     matrices = optax.chain(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import execution
 from orthax._linalg import HIGHEST, working
+from orthax.internal.execution import mesh_of
 from orthax.tasks._rules import OSGD, TaskRule
 
 _STACK = (
@@ -216,7 +216,7 @@ def _gram(leaves: Sequence[jax.Array]) -> jax.Array:
     On a mesh of explicit axes each device adds up those of what it has, and one sum
     over the devices follows.
     """
-    mesh = execution.mesh_of(leaves)
+    mesh = mesh_of(leaves)
     axes = mesh.explicit_axes
     if not axes:
         return sum(map(_inner, leaves))

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components, execution
+from orthax import components
 from orthax._linalg import working
+from orthax.internal.components import check_rule
+from orthax.internal.execution import by_compiler
 from orthax.transforms._masked import Hidden
 
 Axes = tuple[int, ...]
@@ -75,7 +77,7 @@ def scale_by_component_rms(
       square of 0.2; here that is `scale_by_shape(RMSMatch(0.2))` behind it, the same
       for updates of full rank.
     """
-    rule = components.check_rule(rule)
+    rule = check_rule(rule)
 
     def init(params: optax.Params) -> ScaleByComponentRMSState:
         nu = [
@@ -129,7 +131,7 @@ def _equalised(
         out = cut.unfold([s for s, _ in done], x.shape)
         return out, jnp.concatenate([v.ravel() for _, v in done])
 
-    return execution.by_compiler(on_stacks, (x, nu))(x, nu)
+    return by_compiler(on_stacks, (x, nu))(x, nu)
 
 
 def _divided(

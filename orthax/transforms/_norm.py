@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components, execution
+from orthax import components
 from orthax._linalg import working_dtype
+from orthax.internal.components import check_rule
+from orthax.internal.execution import along_axes
 
 Axes = tuple[int, ...]
 
@@ -93,7 +95,7 @@ def restore_norm(
       >>> updates["kernel"].round(4).tolist()  # both singular values alike, norm 5
       [[3.5355, 0.0], [0.0, 3.5355]]
     """
-    rule = components.check_rule(rule)
+    rule = check_rule(rule)
     if not isinstance(inner, optax.GradientTransformation):
         advice = " Call it: what it returns is wanted." if callable(inner) else ""
         raise TypeError(
@@ -118,7 +120,7 @@ def restore_norm(
     def update(updates, state, params=None, **extra_args):
         after, state = inner.update(updates, state, params, **extra_args)
         values = [
-            execution.along_axes(restored, leaf.cut, jnp.asarray(leaf.value), y)
+            along_axes(restored, leaf.cut, jnp.asarray(leaf.value), y)
             if leaf.cut
             else y
             for leaf, y in zip(

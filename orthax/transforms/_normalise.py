@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components, execution
+from orthax import components
 from orthax._linalg import working
+from orthax.internal.components import check_rule
+from orthax.internal.execution import along_axes
 from orthax.transforms._stateless import stateless
 
 
@@ -89,7 +91,7 @@ def normalise_components(
 def _divided(
     rule: components.Rule, safe: bool, *, each_component: bool
 ) -> optax.GradientTransformationExtraArgs:
-    rule = components.check_rule(rule)
+    rule = check_rule(rule)
 
     def divide(
         rows: tuple[int, ...], columns: tuple[int, ...], x: jax.Array
@@ -109,7 +111,7 @@ def _divided(
     def update(updates: optax.Updates) -> optax.Updates:
         leaves = components.resolve(updates, rule)
         values = [
-            execution.along_axes(divide, leaf.cut, jnp.asarray(leaf.value))
+            along_axes(divide, leaf.cut, jnp.asarray(leaf.value))
             if leaf.cut
             else leaf.value
             for leaf in leaves

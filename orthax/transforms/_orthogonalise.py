@@ -3,6 +3,8 @@
 import optax
 
 from orthax import components, execution, polar
+from orthax.internal.components import check_rule
+from orthax.internal.execution import Factors
 from orthax.transforms._stateless import stateless
 
 
@@ -58,8 +60,8 @@ def orthogonalise(
       Tuddenham, Pruegel-Bennett, Hare: "Orthogonalising gradients to speed up neural
       network optimisation", 2022, arXiv 2202.07052, equations (3) to (7).
     """
-    work = execution.Factors(method)
-    rule = components.check_rule(rule)
+    work = Factors(method)
+    rule = check_rule(rule)
     if not isinstance(stacking, execution.Stacking):
         advice = ""
         if isinstance(stacking, int):

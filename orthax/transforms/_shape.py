@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from orthax import components, execution
+from orthax import components
+from orthax.internal.components import check_rule
+from orthax.internal.execution import by_compiler
 from orthax.transforms._stateless import stateless
 
 
@@ -177,7 +179,7 @@ def scale_by_shape(
     References:
       See each rule.
     """
-    rule = components.check_rule(rule)
+    rule = check_rule(rule)
     if isinstance(scale, type) or not isinstance(scale, ShapeRule):
         advice = ""
         if isinstance(scale, type):
@@ -201,7 +203,7 @@ def scale_by_shape(
             stacks = zip(cut.fold(x), factors, strict=True)
             return (cut.unfold([s * factor for s, factor in stacks], x.shape),)
 
-        return execution.by_compiler(each, [x])(x)[0]
+        return by_compiler(each, [x])(x)[0]
 
     def update(updates: optax.Updates) -> optax.Updates:
         leaves = components.resolve(updates, rule)

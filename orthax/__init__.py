@@ -61,10 +61,10 @@ def _refuse_the_other_orthax() -> None:
     except _metadata.PackageNotFoundError:
         return
     raise ImportError(
-        f"The distribution 'orthax' {other} (orthogonal polynomials) and 'orthax-optim' "
-        "both install a package named 'orthax', so one has overwritten files of the "
-        "other. To fix this, run: pip uninstall -y orthax orthax-optim && pip install "
-        "orthax-optim"
+        f"The distribution 'orthax' {other} (orthogonal polynomials) and the "
+        "distribution 'orthax-optim' both install a package named 'orthax', so one has "
+        "overwritten files of the other. To fix this, run: pip uninstall -y orthax "
+        "orthax-optim && pip install orthax-optim"
     )
 
 

@@ -89,7 +89,7 @@ def frobenius(x: jax.Array, axes: tuple[str, ...] = ()) -> tuple[jax.Array, jax.
 def over(
     axes: tuple[str, ...], reduce: Callable[..., jax.Array], x: jax.Array
 ) -> jax.Array:
-    """Return `reduce(x, axes)` over the devices, or `x` where there are no axes."""
+    """Return `reduce(x, axes)` over the devices, or `x` where there are not axes."""
     return reduce(x, axes) if axes else x
 
 

@@ -327,9 +327,9 @@ def test_a_cut_that_does_not_fit_names_the_leaf():
         (
             {"a": optax.contrib.MuonDimensionNumbers(0, 0)},
             ValueError,
-            ("Entry 'a'", "may stand once"),
+            ("Entry 'a'", "may occur once"),
         ),
-        (lambda params: PREFIX, TypeError, ("a function of the parameters", "first")),
+        (lambda params: PREFIX, TypeError, ("of type function", "first")),
         (
             optax.contrib.MuonDimensionNumbers(),
             TypeError,

@@ -80,7 +80,7 @@ MISTAKES = {
     "from_model, not called": (
         lambda: orthax.orthogonalise(rule=components.from_model),
         TypeError,
-        ("components.from_model(model).",),
+        ("Call it: components.from_model(...)",),
     ),
     "no rule": (
         lambda: orthax.orthogonalise(rule=None),
@@ -95,17 +95,7 @@ MISTAKES = {
     "a method for the rule": (
         lambda: orthax.explain(PARAMS, polar.SVD()),
         TypeError,
-        ("of type SVD", "method=..."),
-    ),
-    "bytes for the stacking": (
-        lambda: orthax.orthogonalise(stacking=2**20),
-        TypeError,
-        ("got 1048576", "execution.Stacking(max_bytes=1048576)"),
-    ),
-    "bytes in a float": (
-        lambda: execution.Stacking(1e9),
-        TypeError,
-        ("got 1000000000.0", "Write 1000000000."),
+        ("of type SVD", "`method=`"),
     ),
     "a kernel of rank 3": (
         initialised(STACKED),
@@ -121,7 +111,7 @@ MISTAKES = {
     "Equinox": (
         initialised(WEIGHT),
         ValueError,
-        ("'layers/0/weight'", "'layers/1/weight'", "Say what it is", "from_model"),
+        ("'layers/0/weight'", "'layers/1/weight'", "from_model"),
     ),
     "a name that is in no path": (
         initialised(WEIGHT | PARAMS, rule=ByName(skip=("layers", "dens"))),
@@ -147,7 +137,7 @@ MISTAKES = {
     "a learning rate in quotes": (
         lambda: orthax.muon("3e-4"),
         TypeError,
-        ("`learning_rate`", "got '3e-4'", "Write 0.0003."),
+        ("`learning_rate`", "got '3e-4'"),
     ),
     "an optimiser in an optimiser": (
         lambda: orthax.orthogonal_adam(optax.adam(1e-3)),
@@ -157,7 +147,7 @@ MISTAKES = {
     "parameters, as torch wants them": (
         lambda: orthax.orthogonal_sgd(PARAMS, 0.1),
         TypeError,
-        ("`learning_rate`", "of type dict", "Parameters are for `init`."),
+        ("`learning_rate`", "of type dict"),
     ),
     "a method in the place of the momentum": (
         lambda: orthax.orthogonal_sgd(0.1, polar.SVD()),
@@ -172,27 +162,17 @@ MISTAKES = {
     "no momentum": (
         lambda: orthax.muon(0.1, None),
         TypeError,
-        ("`momentum`", "got None", "For none write 0.0."),
-    ),
-    "a dtype misspelt": (
-        lambda: orthax.muon(0.1, mu_dtype="bf16"),
-        TypeError,
-        ('"bfloat16"', "got 'bf16'"),
+        ("`momentum`", "got None", "For none use 0.0."),
     ),
     "a factor for the scale": (
         lambda: orthax.muon(0.1, scale=0.2),
         TypeError,
-        ("`scale`", "got 0.2", "optax.scale(0.2)"),
-    ),
-    "a scale not called": (
-        lambda: orthax.scale_by_shape(transforms.Width),
-        TypeError,
-        ("Write Width().",),
+        ("`scale`", "got 0.2", "optax.scale"),
     ),
     "a transformation not called": (
         lambda: transforms.restore_norm(orthax.orthogonalise),
         TypeError,
-        ("`inner`", "Call it"),
+        ("`inner`", "orthax.orthogonalise()"),
     ),
     "a tree for a matrix": (
         lambda: orthax.polar_factor(PARAMS),
@@ -222,17 +202,12 @@ MISTAKES = {
     "axes without a name": (
         by_path("kernel", ((0,), (1,))),
         TypeError,
-        ("'kernel'", "of type tuple", "Matricisation((0,), (1,))"),
+        ("Patterns must be pairs", "Matricisation((0,), (1,))"),
     ),
     "a dict of patterns": (
         lambda: ByPath({"kernel": None}),
         TypeError,
         ("{'kernel': None}", "[('kernel', None)]"),
-    ),
-    "one pair": (
-        lambda: ByPath(("kernel", None)),
-        TypeError,
-        ("one pair", "write [('kernel', None)]"),
     ),
     "a glob": (by_path("*kernel", None), ValueError, ("'*kernel'", "'.*'")),
     "a name for names": (
@@ -243,7 +218,7 @@ MISTAKES = {
     "a pair for pairs": (
         lambda: ByName(stacked=("layers", 0)),
         TypeError,
-        ("`stacked`", "got 0", "stacked=(('layers', 0),)"),
+        ("`stacked`", "got ('layers', 0)", "stacked=(('layers', 0),)"),
     ),
     "no axes": (
         lambda: Matricisation(None, (1,)),
@@ -259,11 +234,6 @@ MISTAKES = {
         lambda: orthax.explain(orthax.orthogonalise()),
         TypeError,
         ("gradient transformation", "explain(params, rule, method=...)"),
-    ),
-    "a device for a platform": (
-        lambda: orthax.explain(PARAMS, platform=jax.devices()[0]),
-        TypeError,
-        ("`platform`", "'gpu'", "of type Device"),
     ),
     "a model for its parameters": (
         lambda: orthax.explain(linen.Dense(3)),
@@ -339,7 +309,7 @@ def test_advice_is_given_once_however_many_leaves():
     with pytest.raises(ValueError) as caught:
         orthax.orthogonalise().init(tree)
     message = str(caught.value)
-    assert message.count("Say what it is") == 1
+    assert message.count("components.from_function") == 1
     assert message.count("of shape (3, 4, 5)") == 10
     assert "... and 2 more kinds of leaves." in message
 

@@ -1,4 +1,4 @@
-"""The rule that is data: a tree of cuts like the parameters, or a prefix of one."""
+"""The rule that is a tree of matricisations, like the parameters or a prefix."""
 
 import dataclasses
 import functools
@@ -15,22 +15,21 @@ Cuts = tuple[tuple[str, Matricisation | None], ...]
 
 @dataclasses.dataclass(frozen=True)
 class ByTree:
-    """Cut every leaf as a tree says that is like the parameters.
+    """A tree of matricisations like the parameters, or a prefix of such a tree.
 
-    What is made of a tree that is given as `rule=`; call it to have the rule itself.
+    A tree that is passed as `rule=` becomes a `ByTree`.
 
     Attributes:
       cuts: a tree of `Matricisation`, or None to leave leaves alone, with the structure
-        of the parameters or of a part of it from the root: an entry holds for all
-        leaves below it. `optax.contrib.MuonDimensionNumbers` may stand in place of a
-        `Matricisation`: reduction axes are rows, output axes columns. Kept as pairs
-        (path, cut).
+        of the parameters or a prefix of it: an entry holds for all leaves below it.
+        `optax.contrib.MuonDimensionNumbers` are accepted too: reduction axes are rows,
+        output axes columns. Stored as pairs (path, matricisation).
 
     Raises:
-      TypeError: if there is something else in the tree.
+      TypeError: if the tree contains anything else.
       ValueError: for two entries of one path; from `resolve`, for a leaf that no entry
-        covers. Leaves of rank below 2 need none. From `components.resolve` also for an
-        entry where the parameters have nothing.
+        covers (leaves of rank below 2 need none); from `components.resolve`, also for
+        an entry that matches no parameter.
 
     Example:
       >>> import jax
@@ -45,7 +44,7 @@ class ByTree:
       Matricisation((0,), (1,))
     """
 
-    # Whatever is called by a name that no path has is a mistake.
+    # An entry that matches no path is a mistake.
     unmatched: ClassVar[str] = "raise"
 
     cuts: Any
@@ -59,11 +58,11 @@ class ByTree:
             raise ValueError(f"The tree of cuts has two entries called '{twice}'.")
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
-        """Return the cut of the leaf at `path`."""
+        """Return the matricisation of the leaf at `path`."""
         return self.decide(path, leaf).cut
 
     def decide(self, path: str, leaf: Any) -> Decision:
-        """Return the cut of the leaf at `path`, and which entry gave it."""
+        """Return the decision on the leaf at `path`, with its entry as the reason."""
         entry = next((above for above in _above(path) if above in self._by_path), None)
         if entry is None:
             raise ValueError(
@@ -74,7 +73,7 @@ class ByTree:
         return Decision(self._by_path[entry], f"entry '{entry}' of the tree of cuts")
 
     def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
-        """Return which entries are in none of the paths, for `explain`."""
+        """Return the entries that match none of the paths, for `explain`."""
         known = {above for path in paths for above in _above(path)}
         return tuple(f"entry {path!r}" for path, _ in self.cuts if path not in known)
 
@@ -84,13 +83,13 @@ class ByTree:
 
 
 def _above(path: str) -> list[str]:
-    """Return a path and those above it, up to the root, which is empty."""
+    """Return a path and its prefixes, down to the root, which is empty."""
     parts = path.split("/") if path else []
     return ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _is_table(cuts: Any) -> bool:
-    """Whether these are pairs already, as `dataclasses.replace` gives them back."""
+    """Whether these are pairs already, as `dataclasses.replace` passes them."""
     return isinstance(cuts, tuple) and all(
         type(pair) is tuple
         and [isinstance(pair[0], str), len(pair)] == [True, 2]
@@ -119,7 +118,7 @@ def _named(path: str, entry: Any) -> tuple[str, Matricisation | None]:
 
 
 def is_entry(x: Any) -> bool:
-    """Return whether `x` is what a tree of cuts holds, and no tree."""
+    """Return whether `x` is an entry of such a tree."""
     return x is None or isinstance(x, Matricisation) or _is_dimension_numbers(x)
 
 

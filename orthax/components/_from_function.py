@@ -135,15 +135,15 @@ def from_function(
       is asked.
 
     Raises:
-      TypeError: if `apply` is no function, or `params` holds no array.
+      TypeError: if `apply` is not a function, or `params` holds no array.
       ValueError: for an unknown `attention` or `unused`, or malformed overrides.
       Whatever `apply` raises, with a note.
 
     Limits:
-      Parts of a product that are concatenated to its full width again are no blocks:
+      Parts of a product that are concatenated to its full width again are not blocks:
       this tells the halves of a rotary embedding from those of a gated unit. Parts
       within each of several heads are none either. A product that is spelled out as a
-      multiplication and a sum is no product. Where experts that read one input are a
+      multiplication and a sum is not a product. Where experts that read one input are a
       single layer, only `vmap` tells them from heads.
 
     Example:

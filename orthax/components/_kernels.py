@@ -80,7 +80,7 @@ def kernel(parts: list[str], shape: list[int], attention: str) -> Decision | str
     if rank > 3 and math.prod(shape[:-2]) == 1:
         return _convolution(module, shape)  # the same whatever it is
     if _FUSED.search(module) or (rank > 3 and _is_no_convolution(parts, module)):
-        return f"a kernel of rank {rank} below {module!r} is no convolution"
+        return f"a kernel of rank {rank} below {module!r} is not a convolution"
     if _TRANSPOSED.search(module) or (rank > 3 and _UP.search(module)):
         return _transposed(parts[-1], module, shape)
     if rank > 3 or _CONV.search(module):
@@ -169,7 +169,7 @@ def attention_cut(is_out: bool, attention: str) -> Matricisation:
 def heads(name: str, is_out: bool, shape: list[int], attention: str) -> Decision | str:
     """Decide a kernel of attention, (D, H, K), or (H, K, D) for the output."""
     if len(shape) != 3:
-        return f"a kernel of rank {len(shape)} below {name!r} is no convolution"
+        return f"a kernel of rank {len(shape)} below {name!r} is not a convolution"
     h, k, d = shape if is_out else (shape[1], shape[2], shape[0])
     found = Decision(attention_cut(is_out, attention), f"attention {name}, {attention}")
     return _if_heads(found, h, k, d, shape)
@@ -236,12 +236,12 @@ def _convolution(module: str, shape: list[int]) -> Decision | str:
 
 
 def _no_convolution(module: str, shape: list[int]) -> str:
-    """Return why a kernel is no convolution, (*taps, in, out), or ""."""
+    """Return why a kernel is not a convolution, (*taps, in, out), or ""."""
     rank, taps = len(shape), {n for n in shape[:-2] if n > 1}
     if re.search("spectral|fourier|graph|gcn|relation", module, re.I):
         return f"the kernel of {module!r} may have no taps, as other convolutions have"
     if rank > 5:
-        return f"a kernel of rank {rank} is no convolution that Flax or Haiku has"
+        return f"a kernel of rank {rank} is not a convolution that Flax or Haiku has"
     said = re.search(r"conv_?(\d)_?d(?![a-z])", module, re.I)
     if said and int(said[1]) != rank - 2:
         return f"a kernel of rank {rank} below {module!r} may be stacked"
@@ -249,8 +249,8 @@ def _no_convolution(module: str, shape: list[int]) -> str:
     # Taps differ in 3-d alone; an array (out, in, *taps) has them last.
     if (len(taps) > 1 and rank == 4) or longest > _MOST_TAPS:
         return (
-            f"a kernel whose first axes are {tuple(shape[:-2])} is no convolution "
-            "that can be told from a stacked kernel or heads"
+            f"a kernel whose first axes are {tuple(shape[:-2])} is not a convolution "
+            "that can be distinguished from a stacked kernel or heads"
         )
     if max(shape[-2:]) < longest or (rank == 3 and shape[1] < longest):
         return (

@@ -1,4 +1,4 @@
-"""How the axes of a leaf make matrices: pure data, and the folding that acts on it."""
+"""Which axes of a leaf form matrices, and the reshaping that follows from it."""
 
 import dataclasses
 import math
@@ -13,26 +13,27 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Matricisation:
-    r"""Which axes of a leaf make the rows and which the columns of its matrices.
+    r"""Which axes of a leaf are the rows and which the columns of its matrices.
 
     In the paper's terms the matrix is $G \in \mathbb{R}^{P \times N}$: one column for
     each of the N components (filters, units), one row for each of its P parameters.
-    Axes that are neither are batch axes: one matrix for each of their positions.
+    All other axes are batch axes: one matrix for each of their positions.
 
     Attributes:
       rows: axes of the parameters of a component (fan-in). Negative axes count from
         the end.
       columns: axes of the components (fan-out).
-      groups: the columns are this many contiguous groups of equal size, each a matrix
-        of its own: a grouped convolution.
-      blocks: the columns are fused outputs (the gates of an LSTM, query, key and value
-        in one kernel), each a matrix of its own: how many, if equal, or their sizes.
-      split: `"columns"`, or `"rows"` if `groups` or `blocks` cut the rows instead (the
-        fused heads that an attention output reads).
-      spatial: those of the row axes that are the taps of a convolution kernel.
+      groups: number of contiguous, equal groups of columns that are separate matrices:
+        a grouped convolution.
+      blocks: number, if equal, or sizes of contiguous blocks of columns that are
+        separate matrices: fused outputs (the gates of an LSTM; query, key and value in
+        one kernel).
+      split: `"columns"`, or `"rows"` if `groups` or `blocks` divide the rows instead
+        (the fused heads that an attention output reads).
+      spatial: the row axes that are spatial axes of a convolution kernel.
 
     Raises:
-      ValueError: if an axis stands in both `rows` and `columns`, `rows` or `columns` is
+      ValueError: if an axis is in both `rows` and `columns`, `rows` or `columns` is
         empty or repeats an axis, a count is not positive, `groups` and `blocks` are
         both given, or `spatial` is not part of `rows`.
       TypeError: if an axis or a count is not an integer.
@@ -59,49 +60,41 @@ class Matricisation:
         for name in ("rows", "columns", "spatial"):
             object.__setattr__(self, name, _axes(name, getattr(self, name)))
         if not isinstance(self.blocks, int):
-            if not isinstance(self.blocks, Sequence):
-                raise TypeError(
-                    "`blocks` must be an integer, or the sizes of the blocks, got "
-                    f"{self.blocks!r}."
-                )
             object.__setattr__(self, "blocks", _axes("blocks", self.blocks))
         self._check()
 
     def __repr__(self) -> str:
-        """Return what one types, without defaults."""
-        said = [repr(self.rows), repr(self.columns)]
+        """Return the expression that makes it, without defaults."""
+        arguments = [repr(self.rows), repr(self.columns)]
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
-            said += [] if value == field.default else [f"{field.name}={value!r}"]
-        return f"{type(self).__name__}({', '.join(said)})"
+            arguments += [] if value == field.default else [f"{field.name}={value!r}"]
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     def _check(self) -> None:
         if not self.rows or not self.columns:
             raise ValueError(
                 f"{self}: `rows` and `columns` need at least one axis each; for a leaf "
-                "that is no matrix write None instead of a Matricisation."
+                "that is not a matrix, use None instead of a Matricisation."
             )
         axes = self.rows + self.columns
-        if len(set(axes)) < len(axes):
+        if len(set(axes)) < len(axes) or not set(self.spatial) <= set(self.rows):
             raise ValueError(
-                f"{self}: every axis may stand once, in `rows` or in `columns`."
+                f"{self}: an axis may occur once, in `rows` or in `columns`, and "
+                "`spatial` axes must be among `rows`."
             )
-        if not set(self.spatial) <= set(self.rows):
-            raise ValueError(f"{self}: `spatial` axes must be among `rows`.")
         if self.split not in ("columns", "rows"):
             raise ValueError(f'{self}: `split` must be "columns" or "rows".')
-        if not isinstance(self.groups, int):
-            raise TypeError(f"{self}: `groups` must be an integer.")
         sizes = (self.blocks,) if isinstance(self.blocks, int) else self.blocks
-        if self.groups < 1 or not sizes or min(sizes) < 1:
+        if not sizes or min(self.groups, *sizes) < 1:
             raise ValueError(f"{self}: `groups` and `blocks` must be positive.")
         if self.groups > 1 and self.blocks != 1:
             raise ValueError(
-                f"{self}: `groups` and `blocks` both cut the {self.split}; give one."
+                f"{self}: `groups` and `blocks` both divide the {self.split}; give one."
             )
 
     def on(self, ndim: int) -> "Matricisation":
-        """Return the same with non-negative axes, for a leaf of `ndim` axes."""
+        """Return the same with non-negative axes, for a leaf with `ndim` axes."""
         axes = self.rows + self.columns
         if any(not -ndim <= axis < ndim for axis in axes):
             raise ValueError(f"{self} names an axis that a leaf of rank {ndim} lacks.")
@@ -111,8 +104,8 @@ class Matricisation:
         )
         return dataclasses.replace(self, rows=rows, columns=columns, spatial=spatial)
 
-    def behind_axis(self) -> "Matricisation":
-        """Return the same for leaves with one more axis in front, a batch axis."""
+    def batched(self) -> "Matricisation":
+        """Return the same for leaves with another batch axis, the first."""
         rows, columns, spatial = (
             tuple(axis + (axis >= 0) for axis in part)
             for part in (self.rows, self.columns, self.spatial)
@@ -121,13 +114,13 @@ class Matricisation:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every position of the batch axes makes one matrix."""
+        """Whether there is one matrix for each position of the batch axes."""
         return self.groups == 1 and self.blocks == 1
 
     def matrices(self, shape: Shape) -> tuple[tuple[int, int, int], ...]:
-        """Return the shapes `(b, m, n)` of the stacks that a leaf folds into.
+        """Return the shapes `(b, m, n)` of the batches that `fold` returns.
 
-        One stack, or one for each of the sizes that `blocks` gives.
+        One batch, or one for each of the sizes in `blocks`.
         """
         _, m, n = self.on(len(shape))._layout(shape)
         b = math.prod(shape) // max(m * n, 1)
@@ -137,11 +130,11 @@ class Matricisation:
         return tuple((b * count, piece, n) for piece in sizes)
 
     def taps(self, shape: Shape) -> int:
-        """Return how many taps the kernel has: the product of its spatial axes."""
+        """Return the number of taps of the kernel, the product of its spatial axes."""
         return math.prod(shape[axis] for axis in self.on(len(shape)).spatial)
 
     def fold(self, x: jax.Array) -> tuple[jax.Array, ...]:
-        """Return the stacks of matrices of a leaf, each of shape `(b, m, n)`."""
+        """Return the matrices of a leaf, in batches of shape `(b, m, n)`."""
         cut = self.on(x.ndim)
         order, m, n = cut._layout(x.shape)
         x = x.transpose(order).reshape(-1, m, n)
@@ -157,7 +150,7 @@ class Matricisation:
         return tuple(jnp.split(x, ends, axis=axis))
 
     def unfold(self, stacks: Sequence[jax.Array], shape: Shape) -> jax.Array:
-        """Return the leaf of the given shape that folds into `stacks`."""
+        """Return the leaf of the given shape of which `stacks` are the matrices."""
         cut = self.on(len(shape))
         order, m, n = cut._layout(shape)
         axis, size = (2, n) if self.split == "columns" else (1, m)
@@ -178,7 +171,7 @@ class Matricisation:
         return batch + used, m, n
 
     def _pieces(self, size: int, shape: Shape) -> tuple[int, Shape]:
-        """Return how many pieces ride in one stack, and the size in each stack."""
+        """Return the number of pieces in one batch, and their size in each batch."""
         if isinstance(self.blocks, tuple):
             if sum(self.blocks) != size:
                 raise ValueError(
@@ -197,12 +190,12 @@ class Matricisation:
 
 
 class Decision(NamedTuple):
-    """A cut with its reason: what the rules of this room decide, for `explain`.
+    """The decision of a rule on a leaf, for `explain`.
 
     Attributes:
-      cut: the axes, or None for a leaf that is left alone.
-      reason: why, for people.
-      guess: whether the name leaves room for something else.
+      cut: the matricisation, or None for a leaf that is left alone.
+      reason: why, in words.
+      guess: whether the decision is uncertain.
     """
 
     cut: Matricisation | None
@@ -211,15 +204,10 @@ class Decision(NamedTuple):
 
 
 def _axes(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    if isinstance(value, int):
-        axes = (value,)
-    elif isinstance(value, Sequence):
-        axes = tuple(value)
-    else:
+    axes = (value,) if not isinstance(value, Sequence) else tuple(value)
+    if not all(isinstance(axis, int) for axis in axes):
         raise TypeError(
-            f"`{name}` must be axes, integers such as (0, 1), got {value!r}; for a "
-            "leaf that is no matrix write None instead of a Matricisation."
+            f"`{name}` must be integers, such as (0, 1), got {value!r}; for a leaf "
+            "that is not a matrix, use None instead of a Matricisation."
         )
-    if not all(isinstance(axis, int) and not isinstance(axis, bool) for axis in axes):
-        raise TypeError(f"`{name}` must be integers, got {value!r}.")
     return axes

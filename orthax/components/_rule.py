@@ -1,4 +1,4 @@
-"""What a rule is, and the rule that lists paths."""
+"""Rules, which say what axes of a leaf form matrices, and rules made of patterns."""
 
 import dataclasses
 import re
@@ -14,106 +14,104 @@ from orthax.components._matricisation import Decision, Matricisation
 
 @runtime_checkable
 class Rule(Protocol):
-    """Says how a leaf is cut into matrices; a frozen dataclass, never a callable.
+    """Which axes of each leaf form matrices: a frozen dataclass, never a callable.
 
-    Write your own by giving a frozen dataclass this method. A leaf is anything with a
+    A rule of your own is a frozen dataclass with this method. A leaf is anything with a
     `shape` and a `dtype` (an array, a tracer, a `jax.ShapeDtypeStruct`), floating or
-    complex and of rank 2 or more; `path` is its path in the tree joined by `"/"`,
-    without the `.value` that NNX appends in some places.
+    complex, of rank 2 or more; `path` is its path in the tree joined by `"/"`, without
+    the `.value` that NNX appends in some places.
     """
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
-        """Return the cut of a leaf, or None to leave the leaf alone.
+        """Return the matricisation of a leaf, or None to leave the leaf alone.
 
         Raises:
-          ValueError: if the leaf is ambiguous; the message names the path and says
-            what to write instead.
+          ValueError: if the leaf is ambiguous; the message names the path and what to
+            write instead.
         """
         ...
 
 
 def decide(rule: Rule, path: str, leaf: Any) -> Decision:
-    """Return a rule's cut of a leaf, with the reason if the rule gives one."""
+    """Return a rule's decision on a leaf, with the reason if the rule gives one."""
     if hasattr(rule, "decide"):
         return rule.decide(path, leaf)
     return Decision(rule.resolve(path, leaf), type(rule).__name__)
 
 
-# A tree of cuts may also be a module or a class of one's own: see `ByTree`.
+# A tree may also be a module or a class of your own: see `ByTree`.
 RuleOrTree = Rule | Mapping[Any, Any] | Sequence[Any]
 
 
 def check_rule(rule: RuleOrTree) -> Rule:
-    """Return a rule, made of a tree of cuts if it is one.
+    """Return a rule; a tree becomes a `ByTree`.
 
     Args:
-      rule: a rule, or a tree as `ByTree` takes it.
+      rule: a rule, or a tree as in `ByTree`.
 
     Returns:
-      The rule, or a `ByTree`: hashable and frozen whatever the tree was made of.
+      The rule, or a `ByTree`, hashable and frozen whatever the tree consists of.
 
     Raises:
       TypeError: if it is neither: a class, a callable, or without `resolve`.
-      ValueError: if a tree has two entries of one path.
+      ValueError: if a tree has two entries for one path.
     """
-    # Trees and models, which land here too, have endless ones.
+    # `repr` of a tree or a model, which end up here too, can be endless.
     shown = rule if isinstance(rule, type) else reprlib.repr(rule)
-    found = f"`rule` must be a rule such as components.ByName(), got {shown}"
+    got = f"`rule` must be a rule such as components.ByName(), got {shown}"
     if isinstance(rule, type):
-        raise TypeError(f"{found}: a class; write {rule.__name__}().")
+        raise TypeError(f"{got}: a class; write {rule.__name__}().")
     if not isinstance(rule, Rule):
-        why = f"{found} of type {type(rule).__name__}."
+        got = f"{got} of type {type(rule).__name__}.{_advice(rule)}"
         if is_entry(rule) or jax.tree_util.all_leaves([rule]):
-            raise TypeError(f"{why}{_advice(rule)}")
+            raise TypeError(got)
         try:
             return ByTree(rule)
         except TypeError as error:
-            raise TypeError(f"{why}{_advice(rule)} {error}") from None
+            raise TypeError(f"{got} {error}") from None
     if callable(rule):
         raise TypeError(
-            f"{found}, which is callable: optax.inject_hyperparams would take it for "
-            "a schedule. Make it a frozen dataclass with a method `resolve`."
+            f"{got}, which is callable: optax.inject_hyperparams would take it for a "
+            "schedule. Make it a frozen dataclass with a method `resolve`."
         )
     return rule
 
 
 def _advice(rule: Any) -> str:
-    """Return what to write instead of something that is no rule."""
+    """Return what to write instead of the most common mistakes."""
     if rule is None:
         return " Leave it out for the default; to leave leaves alone: ByName(skip=...)."
     if is_entry(rule):
-        return (
-            f' For all leaves: components.ByPath([("", {ByTree(rule).cuts[0][1]!r})]).'
-        )
+        cut = ByTree(rule).cuts[0][1]
+        return f' For all leaves: components.ByPath([("", {cut!r})]).'
     if hasattr(rule, "flops"):
-        return " It says how polar factors are computed: write method=... before it."
-    if hasattr(rule, "update") and hasattr(rule, "init"):
-        return " A gradient transformation is none: give the rule that it was given."
+        return " This is a polar method: pass it as `method=`."
     if isinstance(rule, list | tuple):
-        return " For a list of patterns write components.ByPath([...])."
-    if getattr(rule, "__name__", "") == "from_model":
-        return " Call it with the model: components.from_model(model)."
+        return " For a list of patterns use components.ByPath([...])."
+    if getattr(rule, "__name__", "") in ("from_model", "from_function"):
+        return f" Call it: components.{rule.__name__}(...)."
     if callable(rule):
         return (
-            " Of a model make one by components.from_model(model), of a function a "
-            "frozen dataclass with a method `resolve(path, leaf)`; a function of the "
-            "parameters that returns a tree of cuts is to be called first."
+            " For a model, use components.from_model(model); for a forward pass, "
+            "components.from_function(apply, params, x); call a function that returns a "
+            "tree first; a rule of your own is a frozen dataclass with the method "
+            "`resolve(path, leaf)`."
         )
     return ""
 
 
 @dataclasses.dataclass(frozen=True)
 class ByPath:
-    """Cut every leaf as the first matching pattern says.
+    """A list of patterns of paths, of which the first match decides.
 
     Attributes:
       patterns: pairs of a regular expression and a `Matricisation`, or None to leave
-        the leaf alone. The first pattern found anywhere in the path
-        (`re.search`) decides. Every leaf of rank 2 or more must be covered.
+        the leaf alone. The first pattern found anywhere in the path (`re.search`)
+        decides. Every leaf of rank 2 or more must be covered.
 
     Raises:
-      ValueError: for an invalid expression, or (from `resolve`) a leaf that no pattern
-        covers or whose rank the matching cut does not fit.
+      ValueError: for an invalid expression; from `resolve`, for a leaf that no pattern
+        covers or whose rank does not fit its `Matricisation`.
       TypeError: if `patterns` is not a sequence of such pairs.
 
     Example:
@@ -136,29 +134,29 @@ class ByPath:
         object.__setattr__(self, "patterns", checked_patterns(self.patterns))
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
-        """Return the cut that the first matching pattern gives."""
+        """Return what the first matching pattern gives."""
         return self.decide(path, leaf).cut
 
     def decide(self, path: str, leaf: Any) -> Decision:
-        """Return the cut and the pattern that gave it."""
-        found = match(self.patterns, path, leaf)
-        if found is None:
+        """Return the decision, with the pattern that gave it as the reason."""
+        decision = match(self.patterns, path, leaf)
+        if decision is None:
             raise ValueError(
                 f"No pattern of ByPath covers leaf '{path}' of shape {leaf.shape}: add "
                 f"({re.escape(path)!r}, Matricisation(rows=..., columns=...)), or None "
-                "in place of the Matricisation to leave it alone."
+                "instead of the Matricisation to leave it alone."
             )
-        return found
+        return decision
 
     def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
-        """Return which patterns are found in none of the paths, for `explain`."""
+        """Return the patterns that match none of the paths, for `explain`."""
         return not_found(self.patterns, paths)
 
 
 def match(
     patterns: Sequence[tuple[str, Matricisation | None]], path: str, leaf: Any
 ) -> Decision | None:
-    """Return what the first pattern found in `path` says, or None if there is none."""
+    """Return the decision of the first pattern found in `path`, or None."""
     for pattern, cut in patterns:
         if re.search(pattern, path):
             reason = f"pattern {pattern!r}"
@@ -177,7 +175,7 @@ def match(
 def not_found(
     patterns: Sequence[tuple[str, Matricisation | None]], paths: Sequence[str]
 ) -> tuple[str, ...]:
-    """Return the patterns that are found in none of the paths."""
+    """Return the patterns that match none of the paths."""
     return tuple(
         f"pattern {pattern!r}"
         for pattern, _ in patterns
@@ -188,41 +186,28 @@ def not_found(
 def checked_patterns(
     patterns: Sequence[tuple[str, Matricisation | None]],
 ) -> tuple[tuple[str, Matricisation | None], ...]:
-    """Return the patterns as a tuple, or raise at the first one that is malformed."""
+    """Return the patterns as a tuple, or raise for the first malformed one."""
     if isinstance(patterns, str | dict) or not isinstance(patterns, Sequence):
-        advice = ""
-        if isinstance(patterns, dict):
-            advice = " Write the dict's items, in the order in which they are to be"
-            advice += f" tried: {[*patterns.items()]!r}."
         raise TypeError(
             "Patterns must be a sequence of pairs (regular expression, Matricisation "
-            f"or None), got {patterns!r}.{advice}"
-        )
-    if len(patterns) == 2 and isinstance(patterns[0], str):
-        raise TypeError(
-            "Patterns must be a sequence of pairs (regular expression, Matricisation "
-            f"or None), got one pair alone: write [{tuple(patterns)!r}]."
+            f"or None), such as [('kernel', None)], got {patterns!r}."
         )
     pairs = []
-    for i, entry in enumerate(patterns):
-        fits = isinstance(entry, Sequence) and not isinstance(entry, str)
-        if not fits or len(entry) != 2 or not isinstance(entry[0], str):
+    for entry in patterns:
+        pattern, cut = (
+            entry if isinstance(entry, tuple | list) and len(entry) == 2 else (None, 0)
+        )
+        if not isinstance(pattern, str) or not isinstance(cut, Matricisation | None):
             raise TypeError(
-                f"Pattern {i} is {entry!r}; expected a pair (regular expression, "
-                "Matricisation or None)."
-            )
-        pattern, cut = entry
-        if not (cut is None or isinstance(cut, Matricisation)):
-            raise TypeError(
-                f"Pattern {pattern!r} gives {cut!r} of type {type(cut).__name__}; "
-                "expected a Matricisation, such as Matricisation((0,), (1,)), or None."
+                "Patterns must be pairs (regular expression, Matricisation or None), "
+                f"such as ('kernel', Matricisation((0,), (1,))), got {entry!r}."
             )
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"Pattern {pattern!r} is no regular expression: {error}. It is found "
-                "anywhere in the path; for any characters write '.*', not '*'."
+                f"Pattern {pattern!r} is not a regular expression: {error}. It is "
+                "found anywhere in the path; any characters are '.*', not '*'."
             ) from None
         pairs.append((pattern, cut))
     return tuple(pairs)
@@ -230,16 +215,16 @@ def checked_patterns(
 
 @dataclasses.dataclass(frozen=True)
 class OnlyConvolutions:
-    """Cut the convolutions that another rule cuts, and leave the rest alone.
+    """The convolutions of another rule; all other leaves are left alone.
 
-    What the paper does in Barlow Twins, where dense layers are too large for an SVD.
+    The paper uses this in Barlow Twins, whose dense layers are too large for an SVD.
 
     Attributes:
-      rule: the rule that is asked, which must mark convolutions by
-        `Matricisation.spatial`, as `ByName` and `from_model` do.
+      rule: the other rule, which must mark convolutions by `Matricisation.spatial`, as
+        `ByName` and `from_model` do.
 
     Raises:
-      TypeError: if `rule` is no rule.
+      TypeError: if `rule` is not a rule.
 
     Example:
       >>> import jax
@@ -259,21 +244,21 @@ class OnlyConvolutions:
         object.__setattr__(self, "rule", check_rule(self.rule))
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
-        """Return the cut of the leaf at `path`, if it is a convolution."""
+        """Return the matricisation of the leaf at `path`, if it is a convolution."""
         return self.decide(path, leaf).cut
 
     @property
     def unmatched(self) -> str:
-        """What becomes of names that no path has: what the rule that is asked says."""
+        """What the other rule does with names that are in no path."""
         return getattr(self.rule, "unmatched", "ignore")
 
     def unused(self, paths: Sequence[str]) -> tuple[str, ...]:
-        """Return what the rule that is asked names and no path has."""
+        """Return the names of the other rule that are in none of the paths."""
         return self.rule.unused(paths) if hasattr(self.rule, "unused") else ()
 
     def decide(self, path: str, leaf: Any) -> Decision:
-        """Return the cut of the leaf at `path`, with the reason."""
-        found = decide(self.rule, path, leaf)
-        if found.cut is not None and not found.cut.spatial:
-            return Decision(None, f"no convolution: {found.reason}")
-        return found
+        """Return the decision on the leaf at `path`, with the reason."""
+        decision = decide(self.rule, path, leaf)
+        if decision.cut is not None and not decision.cut.spatial:
+            return Decision(None, f"not a convolution: {decision.reason}")
+        return decision

@@ -56,7 +56,7 @@ def resolve(tree: Any, rule: RuleOrTree) -> list[Leaf]:
         does not fit its leaf, the rule names what is in no path (unless parts of the
         tree are hidden by `optax.masked`, or the rule says `unmatched="ignore"`), or
         the tree has floating leaves of rank 2 or more and none of them is cut.
-      TypeError: if `rule` is no rule or a leaf is no array.
+      TypeError: if `rule` is not a rule or a leaf is not an array.
 
     Limits:
       Leaves that are not floating or complex (integers, PRNG keys, `float0`), of rank
@@ -184,7 +184,7 @@ def decide_all(tree: Any, rule: RuleOrTree) -> list[Decided]:
       rule: how leaves are cut; a rule, or a tree of cuts as in `ByTree`.
 
     Raises:
-      TypeError: if `rule` is no rule or a leaf is no array.
+      TypeError: if `rule` is not a rule or a leaf is not an array.
     """
     rule = check_rule(rule)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]

@@ -32,7 +32,7 @@ def update_cosine(gradients: Any, updates: Any) -> dict[str, jax.Array]:
     norm over the Frobenius norm and root r: 1 where all singular values are equal,
     down to almost $1 / \sqrt{r}$ where one is far above the rest. A small value says
     that the orthogonalisation has changed much; a value below $1 / \sqrt{\min(m, n)}$
-    that the update is no polar factor.
+    that the update is not a polar factor.
 
     Args:
       gradients: gradients, as given to a transformation (for Muon the momentum).
@@ -43,7 +43,7 @@ def update_cosine(gradients: Any, updates: Any) -> dict[str, jax.Array]:
       shape (). Of complex leaves the real part of the inner product.
 
     Raises:
-      TypeError: if a leaf is no array.
+      TypeError: if a leaf is not an array.
       ValueError: if the trees differ in their floating leaves or shapes, or if two
         leaves have one path.
 
@@ -88,7 +88,7 @@ def dead_parameters(
       By path, a `DeadParameters` for every floating leaf, vectors included.
 
     Raises:
-      TypeError: if `threshold` is not a Python number or a leaf is no array.
+      TypeError: if `threshold` is not a Python number or a leaf is not an array.
       ValueError: if `threshold` is negative or not finite, or 1 or more if `relative`;
         or if two leaves have one path.
 

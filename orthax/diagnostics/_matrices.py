@@ -47,13 +47,13 @@ def orthogonality_error(
 
     Args:
       tree: updates (the output of `orthogonalise`) or weights.
-      rule: how leaves are cut into matrices; leaves that it leaves alone are left out.
+      rule: how leaves form matrices; leaves that it leaves alone are left out.
 
     Returns:
       By path, the errors of the matrices of a leaf, dimensionless, shape (matrices,).
 
     Raises:
-      TypeError: if `rule` is no rule or a leaf is no array.
+      TypeError: if `rule` is not a rule or a leaf is not an array.
       ValueError: if the rule cannot decide a leaf or cuts none, or if two leaves have
         one path.
 
@@ -91,14 +91,14 @@ def polar_residual(
       updates: what `orthogonalise` gave.
       gradients: what it was given (for Muon the momentum, not the gradient): a tree
         with the same leaves.
-      rule: how leaves are cut into matrices; leaves that it leaves alone are left out.
+      rule: how leaves form matrices; leaves that it leaves alone are left out.
 
     Returns:
       By path, the residuals of the matrices of a leaf, dimensionless, shape
       (matrices,).
 
     Raises:
-      TypeError: if `rule` is no rule or a leaf is no array.
+      TypeError: if `rule` is not a rule or a leaf is not an array.
       ValueError: if the trees differ in their leaves or shapes; if the rule cannot
         decide a leaf or cuts none; or if two leaves have one path.
 
@@ -147,7 +147,7 @@ def rank_estimate(
 
     Args:
       tree: gradients, updates or weights.
-      rule: how leaves are cut into matrices; leaves that it leaves alone are left out.
+      rule: how leaves form matrices; leaves that it leaves alone are left out.
       rank_tol: relative threshold, dimensionless, positive; default
         `max(m, n) * eps` of the dtype worked in (float32 for lower ones), as numpy and
         LAPACK have it.
@@ -157,8 +157,7 @@ def rank_estimate(
       floating so that NaN can stand among them.
 
     Raises:
-      TypeError: if `rank_tol` is not a Python number, `rule` is no rule, or a leaf is
-        no array.
+      TypeError: if `rule` is not a rule, or a leaf is not an array.
       ValueError: if `rank_tol` is not positive; if the rule cannot decide a leaf or
         cuts none; or if two leaves have one path.
 
@@ -190,14 +189,14 @@ def singular_values(
 
     Args:
       tree: gradients, updates or weights.
-      rule: how leaves are cut into matrices; leaves that it leaves alone are left out.
+      rule: how leaves form matrices; leaves that it leaves alone are left out.
 
     Returns:
       By path, a `SingularValues` of arrays of shape (matrices,), in float32 for lower
       dtypes.
 
     Raises:
-      TypeError: if `rule` is no rule or a leaf is no array.
+      TypeError: if `rule` is not a rule or a leaf is not an array.
       ValueError: if the rule cannot decide a leaf or cuts none, or if two leaves have
         one path.
 

@@ -23,14 +23,14 @@ def basis_stability(
     Args:
       before: weights at one time.
       after: weights at another: a tree with the same leaves.
-      rule: how leaves are cut into matrices; leaves that it leaves alone are left out.
+      rule: how leaves form matrices; leaves that it leaves alone are left out.
 
     Returns:
       By path, the stability of the matrices of a leaf, dimensionless, from -1 to 1,
       shape (matrices,).
 
     Raises:
-      TypeError: if `rule` is no rule or a leaf is no array.
+      TypeError: if `rule` is not a rule or a leaf is not an array.
       ValueError: if the trees differ in their leaves or shapes; if the rule cannot
         decide a leaf or cuts none; or if two leaves have one path.
 

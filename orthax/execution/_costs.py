@@ -85,7 +85,7 @@ class Factors:
         object.__setattr__(self, "method", check_method(self.method))
 
     def on(self, platform: str | None) -> Work:
-        """Return what is done on a platform; None: where JAX computes by default."""
+        """Return the work on a platform; None: JAX's default backend."""
         platform = platform or jax.default_backend()
         method = self.method.on(platform)
         shared = method.split_flops(1, 1, 1) is not None
@@ -110,15 +110,15 @@ class Factors:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a device computes and moves: what the cost of a plan is counted in.
+    """The speed of a device and its network, by which plans are compared.
 
-    Only ratios matter. The defaults are of the order of one accelerator of 2024 in
+    Only ratios matter. The defaults are roughly those of an accelerator of 2024 in
     float32 at the highest precision, in a fast network.
 
     Attributes:
       flops: operations per second.
-      bandwidth: bytes per second that a device sends while it receives as many.
-      latency: seconds that a collective takes at least.
+      bandwidth: bytes per second that a device sends while receiving as many.
+      latency: minimum seconds of a collective.
 
     Raises:
       ValueError: if a number is not finite and positive.
@@ -142,5 +142,5 @@ class Machine:
                 )
 
     def seconds(self, flops: float, sent: float, collectives: int) -> float:
-        """Return how long some work takes, nothing overlapping."""
+        """Return the time of some work without overlap."""
         return flops / self.flops + sent / self.bandwidth + collectives * self.latency

@@ -94,7 +94,7 @@ def _traced(
         # One more leading axis of a leaf is one more batch axis of its matrices.
         del size
         moved = tuple(
-            c.behind_axis() if b else c for c, b in zip(cuts, in_batched, strict=True)
+            c.batched() if b else c for c, b in zip(cuts, in_batched, strict=True)
         )
         said = shardings and tuple(
             jax.NamedSharding(s.mesh, P(None, *s.spec)) if b else s

@@ -1,4 +1,4 @@
-"""What will happen to every leaf of a tree, and why, and what it will cost."""
+"""Show what will happen to every leaf of a tree, why, and at what cost."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -28,31 +28,29 @@ def explain(
     platform: str | None = None,
     shardings: Any = None,
 ) -> Explanation:
-    """Say what will happen to every leaf of a tree, and why, and what it will cost.
+    """Show what will happen to every leaf of a tree, why, and at what cost.
 
     Args:
       params: parameters or gradients, or a tree of `jax.ShapeDtypeStruct`.
-      rule: how leaves are cut into matrices.
+      rule: how leaves form matrices.
       method: how polar factors are computed.
-      stacking: how equal matrices are worked on together.
-      platform: where: `"cpu"`, `"gpu"`, `"tpu"`; default: where JAX computes now.
-      shardings: one for all leaves, or a tree like `params`, of `jax.NamedSharding`s,
-        also over a `jax.sharding.AbstractMesh` of devices that are not there, or of
-        `jax.P`s for the mesh around; default: those of `params`. What `stacking` says
-        holds over them.
+      stacking: how matrices are batched and divided among devices.
+      platform: `"cpu"`, `"gpu"` or `"tpu"`; default: JAX's default backend.
+      shardings: one for all leaves, or a tree like `params`, of `jax.NamedSharding`s
+        (an `AbstractMesh` will do) or of `jax.P`s for the surrounding mesh; default:
+        those of `params`. `stacking.shardings` take precedence.
 
     Returns:
-      A row for each leaf, and one for each stack that `orthogonalise` would make of
-      them on one device, or for each way in which it would divide them among the
-      devices of a mesh; prints as two tables, 100 characters wide, and in notebooks as
-      HTML. A leaf that the rule cannot decide is a row with the error that
-      `orthogonalise` would raise. Operations are counted by the method, at most so many
-      where it decides at run time. Names and patterns of the rule that are in no path
-      are listed: they may be slips of the pen.
+      A row for each leaf, and one for each batch that `orthogonalise` would form on one
+      device, or for each way in which it would divide leaves among the devices of a
+      mesh. Prints as two tables, 100 characters wide, and in notebooks as HTML. A leaf
+      that the rule cannot decide is a row with the error that `orthogonalise` would
+      raise. Operations are an upper bound where the method decides at run time. Names
+      and patterns of the rule that match no leaf are listed: they are probably typos.
 
     Raises:
-      TypeError: if `rule` or `method` is none, a leaf is no array, or a sharding or
-        the platform is something else.
+      TypeError: if `rule` is not a rule, `method` not a polar method, a leaf not an
+        array, or a sharding something else.
       ValueError: if `stacking.max_bytes` is smaller than one matrix, or if shardings
         are on different meshes, do not fit their leaf, or have no mesh.
 
@@ -71,14 +69,14 @@ def explain(
       <BLANKLINE>
       1 of 3 leaves cut into 1 matrices.
       <BLANKLINE>
-      Worked on together on cpu by DWH(restart=True, polish=True):
+      Batches on cpu, by DWH(restart=True, polish=True):
       <BLANKLINE>
-      stack          at once  leaves  dtype    MFLOP  MiB
+      batch          at once  leaves  dtype    MFLOP  MiB
       1 x (72 x 16)  1        1       float32  0.213  0.00439
       one update                               0.213  0.00439
     """
     method, rule = check_method(method), check_rule(rule)
-    _check_call(params, platform)
+    _check_call(params)
     platform = jax.default_backend() if platform is None else platform
     method = method.on(platform)
     leaves = decide_all(params, rule)
@@ -132,17 +130,12 @@ def _plan(
     return plan_of(divisions, work, stacking, platform)
 
 
-def _check_call(params: Any, platform: Any) -> None:
+def _check_call(params: Any) -> None:
     if isinstance(params, optax.GradientTransformation):
         raise TypeError(
-            "`params` must be parameters or gradients, got a gradient transformation. "
-            "Write explain(params, rule, method=...), with the rule and the method "
-            "that the transformation was given."
-        )
-    if platform is not None and not isinstance(platform, str):
-        raise TypeError(
-            f"`platform` must be a name such as 'cpu', 'gpu' or 'tpu', got {platform!r}"
-            f" of type {type(platform).__name__}."
+            "`params` must be parameters or gradients, got a gradient transformation: "
+            "use explain(params, rule, method=...) with the transformation's rule and "
+            "method."
         )
 
 

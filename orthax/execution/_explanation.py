@@ -1,4 +1,4 @@
-"""What an explanation holds, and how it prints."""
+"""The result of `explain`, and how it prints."""
 
 import html
 import re
@@ -17,7 +17,7 @@ from orthax.internal.components import in_one_message
 
 # Most shapes of matrices that one line of a table lists.
 _SHOWN = 2
-# What to look at, in notebooks.
+# Colours of errors and guesses in notebooks.
 _ERROR, _GUESS = "#f8d0d0", "#fff0c0"
 
 
@@ -30,9 +30,9 @@ class Row(NamedTuple):
       rows: the axes of the parameters (fan-in), or None if the leaf is left alone.
       columns: the axes of the components (fan-out), or None.
       batch: all other axes, or None.
-      matrices: shapes `(b, m, n)` of the stacks that it makes.
+      matrices: shapes `(b, m, n)` of its batches of matrices.
       reason: why.
-      guess: whether the rule fell back on the rank alone: worth a look.
+      guess: whether the decision is uncertain and worth checking.
       error: the message that `orthogonalise` would raise for this leaf, or None.
     """
 
@@ -48,15 +48,15 @@ class Row(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Matrices that are worked on together in one update.
+    """A batch of matrices of one update.
 
     Attributes:
-      shape: `(b, m, n)` of the stack, `m <= n` where tall ones are turned to join it.
-      paths: the leaves that have matrices in it.
-      dtype: what it is worked on in.
-      at_once: how many of them, at most; the others wait for their turn.
-      flops: operations of one update, floating-point multiplications and additions.
-      bytes: size of all of them.
+      shape: `(b, m, n)`, with `m <= n` if tall matrices are transposed to join it.
+      paths: the leaves with matrices in it.
+      dtype: the dtype of the computation.
+      at_once: how many matrices are processed at once.
+      flops: floating-point operations of one update.
+      bytes: size of all matrices.
     """
 
     shape: tuple[int, int, int]
@@ -73,12 +73,12 @@ class Share(NamedTuple):
     Attributes:
       plan: `"local"`, `"stack"`, `"split"` or `"compiler"`.
       paths: the leaves.
-      shapes: shapes `(b, m, n)` of their matrices, all together.
+      shapes: shapes `(b, m, n)` of all their matrices.
       axes: mesh axes over which the work is divided.
-      collectives: what an update calls for them, in order.
-      bytes: what one device sends in an update.
+      collectives: the collectives of one update, in order.
+      bytes: bytes that one device sends per update.
       flops: operations of the busiest device, padding included.
-      seconds: on the `execution.Machine` of the stacking, nothing overlapping.
+      seconds: on the `execution.Machine` of the stacking, without overlap.
     """
 
     plan: str
@@ -92,18 +92,18 @@ class Share(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What `explain` found; prints as tables, in notebooks as HTML.
+    """The result of `explain`; prints as tables, in notebooks as HTML.
 
-    Leaves that are treated alike, and whose paths differ in numbers alone, are a line.
+    Leaves that are treated alike, and whose paths differ in numbers only, share a line.
 
     Attributes:
       rows: one for each leaf.
-      stacks: one for each stack of matrices that are worked on together, on one device.
-      shares: one for each way in which leaves on a mesh are divided among its devices;
-        empty where there is no mesh.
-      method: the method that works on them.
-      platform: where.
-      unused: what the rule names and no path has: a slip of the pen, perhaps.
+      stacks: one for each batch of matrices on one device.
+      shares: one for each way in which leaves are divided among the devices of a mesh;
+        empty without a mesh.
+      method: the polar method of the platform.
+      platform: the platform.
+      unused: names and patterns of the rule that match no leaf, probably typos.
     """
 
     rows: tuple[Row, ...]
@@ -114,7 +114,7 @@ class Explanation(NamedTuple):
     unused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return tables: a line for each leaf, and one for each stack or share."""
+        """Return tables: a line for each leaf, and one for each batch or share."""
         lines = [*as_text(self._leaves()), ""]
         for note in self._notes():
             lines += paragraph(note)
@@ -126,7 +126,7 @@ class Explanation(NamedTuple):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        """Return the same for a notebook, nothing shortened."""
+        """Return the same for a notebook, unabridged."""
         notes = "<br>".join(map(html.escape, self._notes()))
         parts = [as_html(self._leaves()), f"<p>{notes}</p>"]
         title, table = self._cost()
@@ -158,20 +158,20 @@ class Explanation(NamedTuple):
         notes += in_one_message(errors).splitlines()
         if self.unused:
             names = ", ".join(self.unused)
-            notes.append(f"The rule names what is in no path: {names}.")
+            notes.append(f"The rule names what matches no leaf: {names}.")
         return notes
 
     def _cost(self) -> tuple[str, Table]:
         if self.shares:
             return self._devices()
-        head = ("stack", "at once", "leaves", "dtype", "MFLOP", "MiB")
+        head = ("batch", "at once", "leaves", "dtype", "MFLOP", "MiB")
         lines = []
         for s in self.stacks:
             counts = str(s.at_once), str(len(s.paths))
             lines.append((_stack_text(s.shape), *counts, s.dtype, *_amounts([s])))
         if lines:
             lines.append(("one update", "", "", "", *_amounts(self.stacks)))
-        title = f"Worked on together on {self.platform} by {self.method}:"
+        title = f"Batches on {self.platform}, by {self.method}:"
         return title, Table(head, lines, (), {})
 
     def _devices(self) -> tuple[str, Table]:
@@ -182,7 +182,7 @@ class Explanation(NamedTuple):
         count = sum(len(s.collectives) for s in self.shares)
         total = f"{sent / 2**20:.3g}", f"{flops / 1e6:.3g}"
         lines.append(("one update", "", "", "", str(count), *total))
-        title = f"Divided among devices, on each at most, by {self.method}:"
+        title = f"Divided among devices (maximum per device), by {self.method}:"
         breaks = {2: after(" + "), 3: after(", ")}
         breaks[4] = after(", ")
         return title, Table(head, lines, ((4, 16), (2, 20), (3, 8)), breaks)

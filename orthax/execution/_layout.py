@@ -33,7 +33,7 @@ class Layout(NamedTuple):
 
     @property
     def batch(self) -> tuple[int, ...]:
-        """Axes of the leaf that are no part of a matrix."""
+        """Axes of the leaf that are not part of a matrix."""
         used = self.cut.rows + self.cut.columns
         return tuple(i for i in range(len(self.shape)) if i not in used)
 

@@ -30,7 +30,7 @@ def map_matrices(
         says more of it, and `Factors` are orthogonal polar factors.
       tree: floating or complex arrays in any pytree; other leaves come back untouched.
       rule: how leaves are cut; leaves that it leaves alone come back untouched.
-      stacking: how equal matrices are worked on together, and on which devices.
+      stacking: how matrices are batched and divided among devices.
 
     Returns:
       A tree of equal structure, shapes and dtypes, sharded like `tree`.

@@ -1,4 +1,4 @@
-"""Meshes that arrays are on, and functions that the compiler shards."""
+"""The mesh of arrays, and functions that the compiler shards."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ Arrays = tuple[jax.Array, ...]
 
 
 def mesh_of(xs: Sequence[jax.Array]) -> jax.sharding.AbstractMesh:
-    """Return the mesh that the types of arrays name, or one without axes.
+    """Return the mesh in the types of arrays, or one without axes.
 
     Args:
       xs: arrays, traced or not.
@@ -32,11 +32,11 @@ def mesh_of(xs: Sequence[jax.Array]) -> jax.sharding.AbstractMesh:
 def by_compiler(
     g: Callable[..., Arrays], xs: Sequence[jax.Array]
 ) -> Callable[..., Arrays]:
-    """Let the compiler shard what a function does, also where axes are explicit.
+    """Let the compiler shard a function even on explicit mesh axes.
 
     Args:
-      g: maps leaves to as many; each result is sharded like its argument.
-      xs: what it will be called with.
+      g: maps leaves to as many leaves; each result is sharded like its argument.
+      xs: the arguments it will be called with.
 
     Returns:
       A function of as many leaves.
@@ -63,16 +63,16 @@ def by_compiler(
 def along_axes(
     f: Callable[..., jax.Array], cut: Matricisation, *xs: jax.Array
 ) -> jax.Array:
-    """Call a function that only reduces over the axes of matrices, without folding.
+    """Call a function that only reduces over the axes of matrices.
 
-    What needs no more than sums over rows or columns needs no matrix: a sharded leaf
-    stays where it is, and sums alone travel.
+    The leaf need not be reshaped to matrices: if it is sharded, it stays where it is,
+    and only the sums are communicated.
 
     Args:
       f: called as `f(rows, columns, *xs)` with the axes of the rows and of the columns;
         returns an array of the shape of each `x`.
-      cut: how the leaf is cut. Where that makes several matrices of one kernel, `f` is
-        called on its stacks instead.
+      cut: the matricisation. If one kernel holds several matrices, `f` is called on its
+        batches instead.
       *xs: leaves of one shape.
 
     Returns:

@@ -1,7 +1,6 @@
-"""What a caller asks of the work on matrices."""
+"""Options of how work on matrices is batched and divided among devices."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,38 +19,39 @@ from orthax.execution._layout import (
 
 @dataclasses.dataclass(frozen=True)
 class Stacking:
-    """How equal matrices are worked on together, and on which devices.
+    """How matrices are batched and divided among devices.
 
     Attributes:
-      max_bytes: largest stack that is handed to a function at once, in bytes of its
-        input; larger ones are worked on in pieces, one after another. Default: no
+      max_bytes: size of the largest batch that is passed to a function at once, in
+        bytes; larger ones are divided and processed one part at a time. Default: no
         limit.
-      sharding: how leaves on many devices are worked on. `"stack"`: an all-to-all gives
-        every device its share of whole matrices, another one brings them back, and
+      sharding: how work on sharded leaves is divided. `"stack"`: an all-to-all gives
+        every device its share of whole matrices, another one returns them, and
         replicated leaves are divided where that saves time. Names of mesh axes (one, a
-        tuple, a `PartitionSpec`, or a `NamedSharding` over them): the same, replicated
-        leaves being divided over these axes and no others. None: left to the compiler.
-      shardings: how leaves are sharded, which a program cannot see on a mesh of
-        automatic axes: one for all or a tree like the parameters, of
-        `jax.NamedSharding`s, of `jax.P`s for the mesh of the leaves, or of arrays,
-        such as the sharded parameters themselves. Default: types say it on explicit
-        axes; on automatic ones the compiler moves stacks of matrices of one shape,
+        tuple, a `PartitionSpec`, or a `NamedSharding` over them): the same, but
+        replicated leaves are divided over exactly these axes. None: left to the
+        compiler.
+      shardings: how leaves are sharded, which a program cannot see on automatic mesh
+        axes: one for all leaves or a tree like the parameters, of
+        `jax.NamedSharding`s, of `jax.P`s for the mesh of the leaves, or of arrays, such
+        as the sharded parameters themselves. Default: on explicit axes, known from the
+        types; on automatic axes the compiler moves batches of matrices of one shape,
         with two all-to-alls for leaves that are sharded over all devices along one
         axis, an all-gather for replicated ones, and more for others.
-      machine: the cost of moving and computing, by which plans are chosen.
+      machine: costs of communication and arithmetic, by which plans are chosen.
 
     Raises:
       ValueError: if `max_bytes` is not positive or `sharding` names no axis; from
         `map_matrices`, if `max_bytes` is smaller than one matrix, `sharding` names an
-        axis that the mesh lacks or that a surrounding `shard_map` has taken, or
+        axis that the mesh lacks or that a surrounding `shard_map` uses, or
         `shardings` lack a leaf, are on another mesh or do not divide a leaf evenly.
-      TypeError: if an attribute is something else.
+      TypeError: if `sharding` is something else.
 
     Limits:
-      Inside a `shard_map` over some axes the others are left to the compiler. On a mesh
-      of both kinds of axes, without `shardings`, the automatic ones are, and one axis
-      of a leaf may be sharded over one kind only: JAX forgets the other. A derivative
-      of the update is left to the compiler.
+      Inside a `shard_map` over some axes the other axes are left to the compiler. On a
+      mesh with both explicit and automatic axes and without `shardings`, automatic axes
+      are left to the compiler; shard each array axis over one kind only, since JAX
+      loses the other. A derivative of the update is left to the compiler.
 
     Example:
       >>> from orthax import execution
@@ -67,30 +67,19 @@ class Stacking:
     machine: Machine = dataclasses.field(default_factory=Machine)
 
     def __post_init__(self):
-        limit = self.max_bytes
-        if limit is not None:
-            if isinstance(limit, bool) or not isinstance(limit, int):
-                advice = ""
-                if isinstance(limit, float) and math.isfinite(limit):
-                    advice = f" Write {int(limit)}."
-                raise TypeError(
-                    f"`max_bytes` must be an integer or None, got {limit!r}.{advice}"
-                )
-            if limit < 1:
-                raise ValueError(f"`max_bytes` must be positive, got {limit}.")
-        if not isinstance(self.machine, Machine):
-            raise TypeError(f"`machine` must be a Machine, got {self.machine!r}.")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise ValueError(f"`max_bytes` must be positive, got {self.max_bytes}.")
         if self.sharding not in (None, "stack"):
             _axes(self.sharding)
         object.__setattr__(self, "shardings", leaf_shardings(self.shardings))
 
     @property
     def axes(self) -> Axes | None:
-        """Mesh axes that replicated leaves are divided over; None: where it pays."""
+        """Mesh axes over which replicated leaves are divided; None: chosen by cost."""
         return None if self.sharding in (None, "stack") else _axes(self.sharding)
 
     def check(self, mesh: jax.sharding.AbstractMesh) -> None:
-        """Raise unless the axes that are asked for can be used on a mesh."""
+        """Raise unless the requested axes can be used on a mesh."""
         if self.axes is None:
             return
         own = None
@@ -101,8 +90,8 @@ class Stacking:
         asked += ", ".join(map(repr, self.axes))
         if known is None:
             raise ValueError(
-                f"{asked}, but no mesh is known here: surround the call by "
-                "jax.set_mesh(mesh), or give a jax.NamedSharding(mesh, spec)."
+                f"{asked}, but no mesh is known here: call it inside "
+                "jax.set_mesh(mesh), or pass a jax.NamedSharding(mesh, spec)."
             )
         if own not in (None, known):
             raise ValueError(
@@ -115,18 +104,18 @@ class Stacking:
         taken = [name for name in self.axes if name in mesh.manual_axes]
         if taken:
             raise ValueError(
-                f"{asked}, but a surrounding shard_map has taken "
+                f"{asked}, but a surrounding shard_map uses "
                 f"{', '.join(map(repr, taken))}: leave it out."
             )
 
     def known(
         self, leaves: Sequence[Leaf], mesh: jax.sharding.AbstractMesh
     ) -> tuple[jax.NamedSharding, ...] | None:
-        """Return how leaves are sharded where `shardings` say so, or None.
+        """Return the shardings of the leaves from `shardings`, or None.
 
         Args:
-          leaves: from `resolve`, those that are cut.
-          mesh: that their types name, or one without axes.
+          leaves: matrix leaves, from `resolve`.
+          mesh: the mesh of their types, or one without axes.
 
         Raises:
           ValueError: if they do not fit the leaves or the mesh.
@@ -160,7 +149,7 @@ def _axes(sharding: Any) -> Axes:
         )
     if not names:
         raise ValueError(
-            f"`sharding` {sharding!r} names no mesh axis; to leave sharding to the "
-            "compiler write None."
+            f"`sharding` {sharding!r} names no mesh axis; use None to leave sharding "
+            "to the compiler."
         )
     return names

@@ -57,7 +57,7 @@ def convert_opt_state(
       new: the state after, from `factorise` or `refactor`.
       moments: `"rotate"`: first moments $A^T M B$; second moments
         $(A \circ A)^T N (B \circ B)$, which are those of the new coordinates if the
-        entries of the gradient are uncorrelated (there is no exact rotation).
+        entries of the gradient are uncorrelated (there is not an exact rotation).
         `"slice"`: the paper's code: zeros where a weight was dense, then leading rows
         and columns, as if the basis had not rotated. `"zero"`: first moments zero;
         second moments as in `"slice"`.

@@ -104,8 +104,8 @@ class Branched(nnx.Module):
       exits: the heads behind them, one for each stage.
 
     Raises:
-      TypeError: if a block or an exit cannot be called, or `stages` is no integer.
-      ValueError: if there are no blocks, not as many exits as blocks, or `stages` is
+      TypeError: if a block or an exit cannot be called, or `stages` is not an integer.
+      ValueError: if there are not blocks, not as many exits as blocks, or `stages` is
         not between 1 and their number.
 
     Limits:

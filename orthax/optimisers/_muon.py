@@ -29,18 +29,18 @@ def muon(
     rule: components.RuleOrTree = components.ByName(),
     stacking: execution.Stacking = execution.Stacking(),
 ) -> optax.GradientTransformationExtraArgs:
-    """Return Muon: momentum, then orthogonalisation, for matrices; AdamW for the rest.
+    """Return Muon: orthogonalised momentum for matrices, AdamW for other parameters.
 
-    As `optax.contrib.muon`, with the axes of every leaf from `rule` instead of "two
-    axes", and five steps that bring singular values to within 0.2 of one, on CPU 0.05,
-    instead of 0.6. With `method=polar.NewtonSchulz(polar.JORDAN)` and two-dimensional
-    leaves it computes the same.
+    Like `optax.contrib.muon`, but `rule` determines the axes of every leaf, and the
+    five steps bring singular values to within 0.2 of one (0.05 on CPU) instead of 0.6.
+    With `method=polar.NewtonSchulz(polar.JORDAN)` and two-dimensional leaves it
+    computes the same.
 
     Args:
       learning_rate: of the matrices, in spectral norm per step, times `scale`; a number
-        or a schedule. With `scale=RMSMatch(0.2)`, that of AdamW.
-      momentum: decay of the running mean of the gradient, dimensionless.
-      nesterov: whether the momentum looks ahead.
+        or a schedule. With `scale=RMSMatch(0.2)`, start at AdamW's.
+      momentum: decay of the gradient's running mean, dimensionless.
+      nesterov: whether to use Nesterov momentum.
       weight_decay: decoupled decay of the matrices, times the learning rate.
       scale: factor of each matrix by its shape.
       rest: the optimiser of non-matrix parameters; default `optax.adamw` at the same
@@ -48,8 +48,8 @@ def muon(
       mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default that of
         the parameters.
       method: how polar factors are computed; `polar.Auto()` for exact ones.
-      rule: how leaves are cut; `ByName(attention="per_head")` cuts attention by head.
-      stacking: how equal matrices are worked on together.
+      rule: how leaves form matrices; `ByName(attention="per_head")`: one per head.
+      stacking: how matrices are batched and divided among devices.
 
     Returns:
       The chain.
@@ -58,8 +58,8 @@ def muon(
       TypeError, ValueError: as `orthogonalise` and `scale_by_shape`.
 
     Limits:
-      Output heads are matrices and are cut; Muon's authors leave them to AdamW:
-      `rule=ByName(skip=("head",))`, with the name that yours has.
+      Output layers are treated as matrices. Muon's authors leave them to AdamW:
+      `rule=ByName(skip=("head",))`, with the name that your model uses.
 
     Example:
       >>> import jax.numpy as jnp
@@ -116,11 +116,11 @@ def normuon(
 
     Args:
       learning_rate: of the matrices, times `scale`; a number or a schedule. With the
-        default scale, that of AdamW.
-      momentum: decay of the running mean of the gradient, dimensionless.
+        default scale, start at AdamW's.
+      momentum: decay of the gradient's running mean, dimensionless.
       b2: decay of the running mean square of each component, dimensionless.
       eps: added to its root, dimensionless.
-      nesterov: whether the momentum looks ahead.
+      nesterov: whether to use Nesterov momentum.
       weight_decay: decoupled decay of the matrices, times the learning rate.
       scale: factor of each matrix by its shape.
       rest: the optimiser of non-matrix parameters; default `optax.adamw` at the same
@@ -128,8 +128,8 @@ def normuon(
       mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default that of
         the parameters.
       method: how polar factors are computed; `polar.Auto()` for exact ones.
-      rule: how leaves are cut into matrices.
-      stacking: how equal matrices are worked on together.
+      rule: how leaves form matrices.
+      stacking: how matrices are batched and divided among devices.
 
     Returns:
       The chain.
@@ -195,10 +195,10 @@ def _matrices_and_rest(
     rest: optax.GradientTransformation,
     rule: components.Rule,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return `matrices` on the leaves that are cut, and `rest` on the others.
+    """Apply `matrices` to matrix leaves, and `rest` to the others.
 
-    By masks given as functions: labels for `optax.partition` would be a tree like the
-    parameters, and where that is a callable (Equinox) optax takes it for a function.
+    The masks are functions: labels for `optax.partition` would be a tree like the
+    parameters, and Optax calls a tree that is callable (an Equinox module).
     """
 
     def mask(want_cut: bool, tree: Any) -> Any:

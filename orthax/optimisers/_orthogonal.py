@@ -1,4 +1,4 @@
-"""Orthogonalised gradients in front of SGD, Adam and LARS."""
+"""Orthogonalised gradients before SGD, Adam and LARS."""
 
 from typing import Any
 
@@ -22,20 +22,20 @@ def orthogonal_sgd(
     r"""Return Orthogonal-SGDM: orthogonalised gradients, then SGD with momentum.
 
     $v \leftarrow \gamma v + O + \lambda \theta$, $\theta \leftarrow \theta - \eta v$,
-    with O the polar factor of the gradient; torch's SGD behind `orthogonalise`.
+    with O the polar factor of the gradient: `orthogonalise`, then torch's SGD.
 
     Args:
       learning_rate: $\eta$, in spectral norm per step for matrices; a number or a
         schedule. The paper uses 1e-2.
       momentum: $\gamma$, dimensionless; None for none.
-      nesterov: whether the momentum looks ahead.
-      weight_decay: $\lambda$, L2 decay of all parameters, added behind the
-        orthogonalisation and before the momentum, dimensionless; None for none. The
-        paper uses 5e-4.
+      nesterov: whether to use Nesterov momentum.
+      weight_decay: $\lambda$, coupled L2 decay of all parameters, added between
+        orthogonalisation and momentum, dimensionless; None for none. The paper uses
+        5e-4. (`muon` decays decoupled.)
       method: how polar factors are computed; the paper's exact U V^T is
         `polar.SVD(null_space="complete")`.
-      rule: how leaves are cut into matrices; others get plain SGD.
-      stacking: how equal matrices are worked on together.
+      rule: how leaves form matrices; others get plain SGD.
+      stacking: how matrices are batched and divided among devices.
 
     Returns:
       The chain.
@@ -91,12 +91,11 @@ def orthogonal_adam(
       b1: decay of the first moment, dimensionless.
       b2: decay of the second moment, dimensionless; the paper uses 0.99.
       eps: added to the root of the second moment, dimensionless.
-      weight_decay: L2 decay of all parameters, added behind the orthogonalisation and
-        before the moments, as torch's Adam does (not decoupled), dimensionless; None
-        for none.
+      weight_decay: coupled L2 decay of all parameters, added between orthogonalisation
+        and moments, as in torch's Adam, dimensionless; None for none.
       method: how polar factors are computed.
-      rule: how leaves are cut into matrices; others get plain Adam.
-      stacking: how equal matrices are worked on together.
+      rule: how leaves form matrices; others get plain Adam.
+      stacking: how matrices are batched and divided among devices.
 
     Returns:
       The chain.
@@ -147,9 +146,9 @@ def orthogonal_lars(
 ) -> optax.GradientTransformationExtraArgs:
     """Return Orthogonal-LARS: orthogonalised gradients, then LARS.
 
-    LARS as in Barlow Twins' code: the learning rate stands outside the momentum, not
-    inside as in `optax.lars`, which differs under a schedule; weight decay and trust
-    ratio act on parameters of rank 2 or more, the others have a rate of their own.
+    LARS as in Barlow Twins' code: the learning rate is outside the momentum (inside in
+    `optax.lars`, which differs under a schedule), and weight decay and trust ratio
+    apply to parameters of rank 2 or more only.
 
     Args:
       learning_rate: of parameters of rank 2 or more; a number or a schedule.
@@ -159,9 +158,9 @@ def orthogonal_lars(
       trust_coefficient: factor of the ratio of parameter norm to update norm,
         dimensionless.
       method: how polar factors are computed.
-      rule: how leaves are cut into matrices. The paper cuts convolutions alone in
-        Barlow Twins: `components.OnlyConvolutions(components.ByName())`.
-      stacking: how equal matrices are worked on together.
+      rule: how leaves form matrices. For Barlow Twins the paper uses convolutions only:
+        `components.OnlyConvolutions(components.ByName())`.
+      stacking: how matrices are batched and divided among devices.
 
     Returns:
       The chain.

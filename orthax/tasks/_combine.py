@@ -44,7 +44,7 @@ def task_weights(gram: jax.typing.ArrayLike, rule: TaskRule = OSGD()) -> jax.Arr
       Weights `(tasks,)`, dimensionless: the update is $\sum_i w_i g_i$.
 
     Raises:
-      TypeError: if `rule` is no rule.
+      TypeError: if `rule` is not a rule.
       ValueError: if `gram` is not square, has no tasks, or does not suit the rule.
 
     Limits:
@@ -99,8 +99,8 @@ def combine_tasks(
       A transformation with a `CombineTasksState`; `params` have no task axis.
 
     Raises:
-      TypeError: if `rule` is no rule.
-      ValueError: for an unknown `scope`; from `update`, if there are no tasks, leaves
+      TypeError: if `rule` is not a rule.
+      ValueError: for an unknown `scope`; from `update`, if there are not tasks, leaves
         have no task axis or different ones, or their number does not suit the rule.
 
     Limits:
@@ -181,7 +181,7 @@ def _check_tasks(updates: optax.Updates, params: optax.Params | None) -> None:
             )
         found.setdefault(leaf.shape[0], name)
     if not found or 0 in found:
-        raise ValueError("There are no tasks: the updates are empty.")
+        raise ValueError("There are not tasks: the updates are empty.")
     if len(found) > 1:
         counts = ", ".join(f"{n} in leaf {name}" for n, name in found.items())
         raise ValueError(

@@ -25,7 +25,7 @@ class PCGrad:
         task and step, as in the paper. The state is then the key.
 
     Raises:
-      ValueError: for an `order` that is no permutation of all tasks, or one given
+      ValueError: for an `order` that is not a permutation of all tasks, or one given
         together with a `key`.
 
     Example:

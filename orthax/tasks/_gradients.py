@@ -75,7 +75,7 @@ def combined_value_and_grad(
       aux), grads)`, with `grads` like the parameters.
 
     Raises:
-      TypeError: if `rule` is no rule.
+      TypeError: if `rule` is not a rule.
       ValueError: if `rule` has a state, and as `task_value_and_grad`.
 
     Limits:

@@ -71,7 +71,7 @@ class OSGD:
       conflict_only: take a part away only where it points against the earlier one.
 
     Raises:
-      ValueError: for an `order` that is no permutation of all tasks, or an unknown
+      ValueError: for an `order` that is not a permutation of all tasks, or an unknown
         `normalise`.
 
     Limits:

@@ -20,11 +20,10 @@ class ScaleByComponentRMSState(NamedTuple):
     """State of `scale_by_component_rms`.
 
     Attributes:
-      nu: for every leaf that is cut, the running means of the squared entries of all
-        its components, in float32: a leaf like the parameter with rows of length one,
-        sharded like it, or where one kernel makes several matrices a vector, stack
-        after stack; for other leaves an `optax.MaskedNode`. A tree like the parameters:
-        NNX puts each of its leaves into a variable of its own.
+      nu: a tree like the parameters. For a matrix leaf, the float32 running mean of the
+        squared entries of each column: shaped and sharded like the parameter, with row
+        axes of size one, or a flat vector if one kernel holds several matrices. For
+        other leaves an `optax.MaskedNode`.
     """
 
     nu: Any
@@ -38,29 +37,29 @@ def scale_by_component_rms(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divide every component by its running root mean square, and keep the norm.
 
-    Polar factors have equal singular values, but components (units, filters) of very
-    different length; this makes them alike: with the m x n update O and
-    $v \leftarrow \beta_2 v + (1 - \beta_2) \mathrm{mean}_{rows}(O \odot O)$, it
-    becomes $\hat O = O / (\sqrt{v} + \epsilon)$, scaled back to the Frobenius norm
-    of O. Put it behind `orthogonalise`.
+    Polar factors have equal singular values, but the lengths of their components
+    (units, filters) may differ widely; this equalises them. With
+    $v \leftarrow \beta_2 v + (1 - \beta_2) \mathrm{mean}_{rows}(O \odot O)$, the m x n
+    update O becomes $\hat O = O / (\sqrt{v} + \epsilon)$, rescaled to the Frobenius
+    norm of O. Put it after `orthogonalise`.
 
     Args:
       b2: decay of the running mean, in [0, 1), dimensionless.
       eps: added to the root mean square, dimensionless; entries of a full-rank polar
         factor have root mean square `1 / sqrt(max(m, n))`.
-      rule: how leaves are cut into matrices; the same as for `orthogonalise`.
+      rule: how leaves form matrices; the same as for `orthogonalise`.
 
     Returns:
       A transformation with a `ScaleByComponentRMSState`.
 
     Raises:
-      TypeError: if `rule` is no rule.
+      TypeError: if `rule` is not a rule.
       ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
         none.
 
     Limits:
-      A zero update gives zero. As in the paper there is no bias correction: the norm is
-      restored, and with it any common factor of v.
+      A zero update gives zero. As in the paper there is no bias correction: restoring
+      the norm cancels any common factor of v.
 
     Example:
       >>> import jax.numpy as jnp
@@ -74,8 +73,8 @@ def scale_by_component_rms(
     References:
       Li, Liu, Liang, Chen, Zhao: "NorMuon: Making Muon more efficient and scalable",
       2025, arXiv 2510.05491, Algorithm 1. There the result is scaled to a root mean
-      square of 0.2; here that is `scale_by_shape(RMSMatch(0.2))` behind it, the same
-      for updates of full rank.
+      square of 0.2; here `scale_by_shape(RMSMatch(0.2))` follows, the same for updates
+      of full rank.
     """
     rule = check_rule(rule)
 
@@ -107,7 +106,7 @@ def scale_by_component_rms(
 
 def _zeros(leaf: components.Leaf) -> jax.Array:
     if leaf.cut.is_whole:
-        # A sum, and not zeros of its shape: it lies on the devices as the leaf does.
+        # A sum rather than zeros of its shape: it is sharded like the leaf.
         zeros = jnp.zeros_like(leaf.value, dtype=jnp.float32)
         return jnp.sum(zeros, axis=leaf.cut.rows, keepdims=True)
     shapes = leaf.cut.matrices(leaf.value.shape)
@@ -124,12 +123,12 @@ def _equalised(
         stacks = cut.fold(x)
         ends = itertools.accumulate(len(s) * s.shape[2] for s in stacks)
         parts = jnp.split(nu, list(ends)[:-1])
-        done = [
+        pairs = [
             _divided(s, v.reshape(len(s), 1, -1), (1,), (2,), b2, eps)
             for s, v in zip(stacks, parts, strict=True)
         ]
-        out = cut.unfold([s for s, _ in done], x.shape)
-        return out, jnp.concatenate([v.ravel() for _, v in done])
+        out = cut.unfold([s for s, _ in pairs], x.shape)
+        return out, jnp.concatenate([v.ravel() for _, v in pairs])
 
     return by_compiler(on_stacks, (x, nu))(x, nu)
 

@@ -1,4 +1,4 @@
-"""What can be a hyper-parameter of an optimiser, and what to write instead."""
+"""Checks of the hyperparameters of optimisers."""
 
 import reprlib
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# What Optax takes a schedule for.
+# What may be a schedule.
 _SCHEDULED = ("learning_rate", "weight_decay")
 
 
 def check_hyperparameters(optional: Sequence[str] = (), /, **values: Any) -> None:
-    """Raise unless all of the named values can be hyper-parameters.
+    """Raise unless all values can be hyperparameters.
 
     Args:
       optional: names of those that may be None.
@@ -24,14 +24,14 @@ def check_hyperparameters(optional: Sequence[str] = (), /, **values: Any) -> Non
       Nothing.
 
     Raises:
-      TypeError: if one is something else; it says what to write instead.
+      TypeError: if one cannot; the message says what to write instead.
 
     Example:
       >>> from orthax.internal.transforms import check_hyperparameters
       >>> check_hyperparameters(learning_rate=0.1, momentum=0.9)
       >>> check_hyperparameters(momentum="0.9")
       Traceback (most recent call last):
-      TypeError: `momentum` must be a number, got '0.9' of type str. Write 0.9.
+      TypeError: `momentum` must be a number, got '0.9' of type str.
     """
     for name, value in values.items():
         scheduled = name.endswith(_SCHEDULED)
@@ -56,49 +56,36 @@ def _is_number(value: Any) -> bool:
 
 
 def _advice(name: str, value: Any) -> str:
-    """Return what to write instead."""
-    if isinstance(value, str):
-        try:
-            return f" Write {float(value):g}."
-        except ValueError:
-            return ""
+    """Return what to write instead of the most common mistakes."""
     for argument, has in (("method", "flops"), ("rule", "resolve")):
         if hasattr(value, has):
-            return f" Give it by name: {argument}=..."
+            return f" Pass it as {argument}=..."
     if isinstance(value, tuple) and hasattr(value, "update"):
         return (
-            " That is an optimiser already: orthax.orthogonalise() stands before it, "
+            " That is an optimiser already: put orthax.orthogonalise() before it, "
             "optax.chain(orthax.orthogonalise(), optax.sgd(0.1))."
         )
-    if isinstance(value, dict):
-        return " Parameters are for `init`."
     if value is None and name == "momentum":
-        return " For none write 0.0."
+        return " For none use 0.0."
     if callable(value):
         return " For a schedule of it, wrap the optimiser in optax.inject_hyperparams."
     return ""
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise unless something names a dtype, or is None.
+    """Raise unless `dtype` is a dtype or None.
 
     Args:
       dtype: anything.
 
     Raises:
-      TypeError: if it is nothing of the kind, or an array, which it may have become on
-        its way through `inject_hyperparams`.
+      TypeError: if it is not, or if it is an array, which `inject_hyperparams` makes of
+        a dtype's class.
     """
     if isinstance(dtype, jax.Array):
         raise TypeError(
-            "A dtype arrived as an array: optax.inject_hyperparams takes classes such "
-            'as jnp.bfloat16 for schedules. Give its name, "bfloat16", or name the '
+            "A dtype arrived as an array: optax.inject_hyperparams calls classes such "
+            'as jnp.bfloat16 as schedules. Pass its name, "bfloat16", or name the '
             "argument in `static_args`."
         )
-    try:
-        jnp.dtype(dtype)
-    except TypeError:
-        raise TypeError(
-            f'A dtype must be given by its name, such as "bfloat16", or as a '
-            f"jnp.dtype, got {dtype!r} of type {type(dtype).__name__}."
-        ) from None
+    jnp.dtype(dtype)

@@ -1,4 +1,4 @@
-"""Transformations of a part of a tree, with states that Flax can hold."""
+"""Transformations of a part of a tree, with states that Flax can store."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,10 +8,10 @@ import optax
 
 
 class Hidden(optax.MaskedNode):
-    """What stands where a leaf is hidden: an `optax.MaskedNode` that can be indexed.
+    """Placeholder of a masked leaf: an `optax.MaskedNode` that can be indexed.
 
     NNX of Flax 0.11 reads the variables of an optimiser's state by `variable[...]`,
-    which the empty tuple that `optax.MaskedNode` is refuses.
+    which fails on `optax.MaskedNode`, an empty tuple.
     """
 
     def __getitem__(self, key: Any) -> "Hidden":
@@ -26,11 +26,11 @@ def masked(
 
     Args:
       inner: the transformation.
-      mask: from a tree, gives a tree of equal structure that says which leaves count.
+      mask: a function from a tree to a tree of booleans: which leaves to transform.
 
     Returns:
-      The transformation, with an `optax.MaskedState`; leaves that do not count pass
-      through untouched.
+      The transformation, with an `optax.MaskedState`; other leaves pass through
+      unchanged.
 
     Example:
       >>> import jax
@@ -67,10 +67,10 @@ def masked(
 def without_keys(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Hide PRNG keys from a transformation, which passes them through untouched.
+    """Hide PRNG keys from a transformation, and pass them through unchanged.
 
     Args:
-      inner: the transformation; Optax's own cannot take the dtype of a key.
+      inner: the transformation; Optax's own do not accept the dtype of a key.
 
     Returns:
       The transformation, with the state of `inner`.

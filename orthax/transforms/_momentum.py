@@ -1,4 +1,4 @@
-"""The momentum of Muon: an averaged gradient that looks one step ahead."""
+"""The momentum of Muon: an averaged gradient with Nesterov's look-ahead."""
 
 from typing import Any, NamedTuple
 
@@ -25,12 +25,12 @@ class NesterovEMAState(NamedTuple):
 def nesterov_ema(
     decay: float = 0.95, mu_dtype: Any | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Replace the update by its running mean, looked up one step ahead.
+    r"""Replace the update by its running mean, with Nesterov's look-ahead.
 
     $m_t = \beta m_{t-1} + (1 - \beta) g_t$ gives $\beta m_t / (1 - \beta^{t+1})
     + (1 - \beta) g_t / (1 - \beta^t)$, as in Nadam. Without the look-ahead this is
     `optax.ema`, without the bias correction `optax.trace(nesterov=True)` up to a
-    factor, which an orthogonalisation behind it removes.
+    factor, which a subsequent orthogonalisation removes.
 
     Args:
       decay: $\beta$, in [0, 1), dimensionless.
@@ -41,7 +41,7 @@ def nesterov_ema(
       A transformation with a `NesterovEMAState`.
 
     Raises:
-      TypeError: if `mu_dtype` is no dtype, or an array, which
+      TypeError: if `mu_dtype` is not a dtype, or an array, which
         `optax.inject_hyperparams` makes of a dtype's class.
 
     Example:

@@ -1,4 +1,4 @@
-"""Give an update the size of its input back, which orthogonalising discards."""
+"""Restore the norm of an update, which orthogonalising discards."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ Axes = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class OriginalNorm:
-    """Give the update the Frobenius norm of its input, matrix by matrix.
+    """Rescale every matrix of the update to the Frobenius norm of its input.
 
     Example:
       >>> import jax.numpy as jnp
@@ -27,7 +27,7 @@ class OriginalNorm:
     """
 
     def factor(self, before: jax.Array, after: jax.Array, axes: Axes) -> jax.Array:
-        """Return one factor for each matrix, whose axes are given and are kept."""
+        """Return one factor for each matrix; `axes` are its axes, and are kept."""
         norm = _frobenius(after, axes)
         ratio = _frobenius(before, axes) / jnp.where(norm > 0, norm, 1)
         return jnp.where(norm > 0, ratio, 1)
@@ -35,7 +35,7 @@ class OriginalNorm:
 
 @dataclasses.dataclass(frozen=True)
 class NuclearNorm:
-    """Multiply the update by its inner product with its input, matrix by matrix.
+    """Multiply every matrix of the update by its inner product with its input.
 
     For the exact polar factor this is the nuclear norm of the input, and the result is
     the steepest-descent step in the spectral norm.
@@ -53,7 +53,7 @@ class NuclearNorm:
     """
 
     def factor(self, before: jax.Array, after: jax.Array, axes: Axes) -> jax.Array:
-        """Return one factor for each matrix, whose axes are given and are kept."""
+        """Return one factor for each matrix; `axes` are its axes, and are kept."""
         inner = before.real * after.real + before.imag * after.imag
         return jnp.sum(inner, axis=axes, keepdims=True)
 
@@ -64,27 +64,27 @@ def restore_norm(
     *,
     rule: components.RuleOrTree = components.ByName(),
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap a transformation, and give its update a size taken from its input.
+    """Wrap a transformation and rescale its update by a norm of its input.
 
-    `restore_norm(orthogonalise())` keeps the size of the gradient, which
-    `orthogonalise` discards, and with it a step that shrinks near a minimum.
+    `restore_norm(orthogonalise())` keeps the norm of the gradient, so that steps shrink
+    near a minimum.
 
     Args:
       inner: the transformation, usually `orthogonalise(...)`.
       norm: `OriginalNorm()` or `NuclearNorm()`.
-      rule: how leaves are cut into matrices; the same as for `inner`.
+      rule: how leaves form matrices; the same as for `inner`.
 
     Returns:
       A transformation with the state of `inner`.
 
     Raises:
-      TypeError: if `inner` is no transformation, `norm` no norm rule, `rule` no rule.
+      TypeError: if `inner` is not a transformation.
       ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
         none.
 
     Limits:
-      Norms are computed in float32 at least; they overflow where the squared entries
-      of the input do (1e19 in float32).
+      Norms are computed in float32 or wider; they overflow where squared entries of
+      the input do (1e19 in float32).
 
     Example:
       >>> import jax.numpy as jnp
@@ -97,14 +97,9 @@ def restore_norm(
     """
     rule = check_rule(rule)
     if not isinstance(inner, optax.GradientTransformation):
-        advice = " Call it: what it returns is wanted." if callable(inner) else ""
         raise TypeError(
             "`inner` must be a gradient transformation such as "
-            f"orthax.orthogonalise(), got {inner!r}.{advice}"
-        )
-    if isinstance(norm, type) or not hasattr(norm, "factor"):
-        raise TypeError(
-            f"`norm` must be OriginalNorm() or NuclearNorm(), got {norm!r}."
+            f"orthax.orthogonalise(), got {inner!r}."
         )
     inner = optax.with_extra_args_support(inner)
 

@@ -1,4 +1,4 @@
-"""The paper's two baselines: the gradient's scale removed, its directions kept."""
+"""The paper's two baselines, which normalise gradients without orthogonalising."""
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +17,15 @@ def normalise(
     """Divide every gradient matrix by its Frobenius norm (N-SGD, "per tensor").
 
     Args:
-      rule: how leaves are cut into matrices; leaves that it leaves alone pass through.
-      safe: leave a zero gradient at zero, and be exact at every scale. With `False`,
-        plain division as in the authors' code, which has no safeguard: a zero gradient
-        gives NaN.
+      rule: how leaves form matrices; other leaves pass through unchanged.
+      safe: whether zero stays zero and the result is exact at every scale. `False`
+        divides plainly, as the authors' code does: a zero gradient gives NaN.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      TypeError: if `rule` is no rule.
+      TypeError: if `rule` is not a rule.
       ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
         none.
 
@@ -56,17 +55,17 @@ def normalise_components(
     A component is a column of the P x N gradient matrix: a filter, a unit.
 
     Args:
-      rule: how leaves are cut into matrices; leaves that it leaves alone pass through.
-      safe: leave the zero gradient of a component at zero, and be exact at every
-        scale. With `False`, plain division as in the authors' code: a component
-        without gradient, such as an output class that never occurs, gives NaN, and
-        with it the divergence in the paper's Table 4.
+      rule: how leaves form matrices; other leaves pass through unchanged.
+      safe: whether zero stays zero and the result is exact at every scale. `False`
+        divides plainly, as the authors' code does: a component without gradient, such
+        as an output class that never occurs, gives NaN, which may explain the
+        divergence in the paper's Table 4.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      TypeError: if `rule` is no rule.
+      TypeError: if `rule` is not a rule.
       ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
         none.
 
@@ -99,7 +98,7 @@ def _divided(
         axes = rows if each_component else rows + columns
         work = working(x)
         if safe:
-            # First by the largest entry: squares of small entries would vanish.
+            # First by the largest entry: squares of small entries would underflow.
             largest = jnp.max(jnp.abs(work), axis=axes, keepdims=True)
             work = work / jnp.where(largest == 0, 1, largest)
         square = jnp.sum(work.real**2 + work.imag**2, axis=axes, keepdims=True)

@@ -18,32 +18,31 @@ def orthogonalise(
 
     For a layer of N components with P parameters each, the gradient
     $G \in \mathbb{R}^{P \times N}$ becomes the nearest matrix with orthonormal columns
-    (rows, where P < N): $O = U V^T$ for $G = U \Sigma V^T$. Put it before any
-    first-order optimiser, which is the paper, or behind a momentum, which is Muon.
+    (rows, where P < N): $O = U V^T$ for $G = U \Sigma V^T$. Put it before a first-order
+    optimiser, as in the paper, or after a momentum, as in Muon.
 
     Args:
       method: how polar factors are computed.
-      rule: how leaves are cut into matrices; leaves that it leaves alone pass through.
-      stacking: how equal matrices are worked on together.
+      rule: how leaves form matrices; other leaves pass through unchanged.
+      stacking: how matrices are batched and divided among devices.
 
     Returns:
-      A stateless transformation; `params` and extra arguments are not looked at. The
-      update keeps the dtype of the gradient and has spectral norm one per matrix:
-      the learning rate behind it is in units of spectral norm per step.
+      A stateless transformation that ignores `params` and extra arguments. The update
+      has the dtype of the gradient, and spectral norm one in every matrix, so that the
+      learning rate is the spectral norm of a step.
 
     Raises:
-      TypeError: if `method`, `rule` or `stacking` is something else.
+      TypeError: if `method` or `rule` is something else.
       ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
         none.
 
     Limits:
-      Not linear: average over devices and accumulated batches first
-      (`optax.MultiSteps` around the chain does). Every factor in front of it is lost:
-      behind `optax.sgd(0.1)` the learning rate would be one. Clipping before it changes
-      nothing, clipping behind it clips to the square root of the rank. A zero gradient
-      gives a
-      zero update, and directions without gradient get none, except with
-      `polar.SVD(null_space="complete")` or `polar.QDWH()`.
+      Not linear: average over devices and accumulated batches first (as
+      `optax.MultiSteps` around the chain does). Any scaling applied before it has no
+      effect: after `optax.sgd(0.1)`, the effective learning rate would be one. Clipping
+      the norm before it does nothing; after it, that norm is the square root of the
+      rank. A zero gradient gives a zero update, and so does every direction without
+      gradient, except with `polar.SVD(null_space="complete")` or `polar.QDWH()`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,14 +61,6 @@ def orthogonalise(
     """
     work = Factors(method)
     rule = check_rule(rule)
-    if not isinstance(stacking, execution.Stacking):
-        advice = ""
-        if isinstance(stacking, int):
-            advice = f" Write execution.Stacking(max_bytes={stacking})."
-        raise TypeError(
-            f"`stacking` must be a execution.Stacking, got {stacking!r} of type "
-            f"{type(stacking).__name__}.{advice}"
-        )
 
     def update(updates: optax.Updates) -> optax.Updates:
         return execution.map_matrices(work, updates, rule, stacking=stacking)

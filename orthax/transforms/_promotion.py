@@ -1,4 +1,4 @@
-"""Optax's own steps where JAX's settings let nothing be promoted."""
+"""Optax transformations under JAX's strict promotion settings."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import optax
 
 @contextlib.contextmanager
 def promotion() -> Iterator[None]:
-    """Let what is traced inside promote dtypes and ranks, whatever the settings say.
+    """Allow promotion of dtypes and ranks inside the context.
 
     Optax's bias correction raises a number to the power of an integer count, which
     `jax_numpy_dtype_promotion="strict"` forbids.
@@ -22,7 +22,7 @@ def promotion() -> Iterator[None]:
 def promoting(
     inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Return a transformation of Optax that works under JAX's strict settings too.
+    """Return an Optax transformation that also works under JAX's strict settings.
 
     Args:
       inner: the transformation.

@@ -1,4 +1,4 @@
-"""Scale every matrix of an update by a factor of its shape."""
+"""Scale every matrix of an update by a function of its shape."""
 
 import dataclasses
 import math
@@ -24,14 +24,14 @@ class ShapeRule(Protocol):
         Args:
           fan_in: rows of the matrix, parameters of a component.
           fan_out: columns of the matrix, components.
-          taps: taps of a convolution kernel among `fan_in`; 1 for dense layers.
+          taps: spatial positions of a convolution kernel; 1 for dense layers.
         """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Width:
-    """`sqrt(max(1, fan_out / fan_in))`: what Muon and `optax.contrib.muon` do.
+    """`sqrt(max(1, fan_out / fan_in))`, as in Muon and `optax.contrib.muon`.
 
     Example:
       >>> from orthax import transforms
@@ -49,7 +49,7 @@ class Width:
 
 @dataclasses.dataclass(frozen=True)
 class Spectral:
-    """`sqrt(fan_out / fan_in)`: the update has spectral norm one from RMS to RMS.
+    """`sqrt(fan_out / fan_in)`: the RMS-to-RMS operator norm of the update is one.
 
     Example:
       >>> from orthax import transforms
@@ -88,14 +88,14 @@ class MaxDim:
 class RMSMatch:
     """`rms * sqrt(max(fan_out, fan_in))`: entries as large as AdamW's.
 
-    Learning rates and weight decays tuned for AdamW carry over.
+    AdamW's learning rate and weight decay are then a safe start, though rarely the best
+    (see the documentation's page on learning rates).
 
     Attributes:
       rms: root mean square of the entries of a full-rank update, dimensionless; 0.2 is
         what the paper measured for AdamW.
 
     Raises:
-      TypeError: if `rms` is not a Python number.
       ValueError: if `rms` is not finite and positive.
 
     Example:
@@ -110,9 +110,7 @@ class RMSMatch:
     rms: float = 0.2
 
     def __post_init__(self):
-        if isinstance(self.rms, bool) or not isinstance(self.rms, int | float):
-            raise TypeError(f"`rms` must be a Python number, got {self.rms!r}.")
-        if not (math.isfinite(self.rms) and self.rms > 0):
+        if not 0 < self.rms < math.inf:
             raise ValueError(f"`rms` must be finite and positive, got {self.rms}.")
 
     def factor(self, fan_in: int, fan_out: int, taps: int) -> float:
@@ -124,8 +122,8 @@ class RMSMatch:
 class ConvSpectral:
     """`sqrt(channels_out / channels_in) / taps`: `Spectral` for convolutions.
 
-    A convolution sums over its taps, so its norm from RMS to RMS is at most the sum of
-    the norms of its taps. For dense layers the same as `Spectral`.
+    A convolution sums over its spatial positions, so its RMS-to-RMS norm is at most the
+    sum of theirs. For dense layers this is `Spectral`.
 
     Example:
       >>> from orthax import transforms
@@ -145,27 +143,27 @@ class ConvSpectral:
 def scale_by_shape(
     scale: ShapeRule = Width(), *, rule: components.RuleOrTree = components.ByName()
 ) -> optax.GradientTransformationExtraArgs:
-    """Scale every matrix by a factor of its fan-in and fan-out.
+    """Scale every matrix by a function of its fan-in and fan-out.
 
-    The fans are those of the matrices that `rule` cuts: of a whole convolution kernel,
-    of one head where attention is cut by head, of one expert.
+    The fans are those of the matrices that `rule` gives: of a whole convolution kernel,
+    of one head with `attention="per_head"`, of one expert.
 
     Args:
-      scale: which factor: `Width`, `Spectral`, `MaxDim`, `RMSMatch`, `ConvSpectral`,
-        or an own dataclass with the method `factor`.
-      rule: how leaves are cut into matrices; the same as for `orthogonalise`.
+      scale: `Width()`, `Spectral()`, `MaxDim()`, `RMSMatch()`, `ConvSpectral()`, or a
+        frozen dataclass of your own with the method `factor`.
+      rule: how leaves form matrices; the same as for `orthogonalise`.
 
     Returns:
       A stateless transformation.
 
     Raises:
-      TypeError: if `scale` is no shape rule, or `rule` no rule.
+      TypeError: if `scale` is not a shape rule.
       ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
         none.
 
     Limits:
-      The factor is exact for full-rank updates of spectral norm one; an update of
-      lower rank comes out smaller.
+      The stated norms are those of full-rank updates of spectral norm one; updates of
+      lower rank are smaller.
 
     Example:
       >>> import jax.numpy as jnp
@@ -181,20 +179,16 @@ def scale_by_shape(
     """
     rule = check_rule(rule)
     if isinstance(scale, type) or not isinstance(scale, ShapeRule):
-        advice = ""
-        if isinstance(scale, type):
-            advice = f" Write {scale.__name__}()."
-        elif isinstance(scale, int | float):
-            advice = f" For one factor write optax.scale({scale})."
         raise TypeError(
             "`scale` must be a shape rule such as transforms.Width() or "
-            f"transforms.RMSMatch(0.2), got {scale!r}.{advice}"
+            f"transforms.RMSMatch(0.2), got {scale!r}; a constant factor is "
+            "optax.scale(0.2)."
         )
 
     def scaled(leaf: components.Leaf) -> jax.Array:
         x, cut = jnp.asarray(leaf.value), leaf.cut
         taps = cut.taps(x.shape)
-        # Python numbers, which leave the dtype alone, as numpy's would not.
+        # Python numbers keep the dtype; numpy's would not.
         factors = [float(scale.factor(m, n, taps)) for _, m, n in cut.matrices(x.shape)]
         if len(set(factors)) == 1:
             return x * factors[0]

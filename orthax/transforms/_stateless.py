@@ -13,8 +13,8 @@ def stateless(
 ) -> optax.GradientTransformationExtraArgs:
     """Return the stateless transformation that applies `f` to the updates.
 
-    Unlike `optax.stateless`, `init` looks at the parameters, so that a leaf that the
-    rule cannot decide is reported before the first step.
+    Unlike `optax.stateless`, `init` checks the parameters, so that a leaf that the rule
+    cannot decide is reported before the first step.
     """
 
     def init(params: optax.Params) -> optax.EmptyState:

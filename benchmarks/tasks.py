@@ -47,7 +47,7 @@ def _drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.Array]:
 
 
 def dense(tasks: int) -> tuple[Losses, Tree, Tree]:
-    """Return the losses of an MLP with an exit behind every second layer."""
+    """Return the losses of an MLP with an exit after every second layer."""
     shapes = {f"layer{i}": (_WIDTH, _WIDTH) for i in range(2 * tasks)}
     shapes |= {f"head{i}": (_WIDTH, _CLASSES) for i in range(tasks)}
 

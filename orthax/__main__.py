@@ -1,7 +1,8 @@
-"""What a bug report needs: `python -m orthax`.
+"""The contents of a bug report: `python -m orthax`.
 
-Prints versions, devices, what `polar.Auto()` is here, and the errors of its polar
-factors on this device beside what is promised. Exits with 1 if a promise is broken.
+Prints versions, devices, the method of `polar.Auto()` on this platform, and the errors
+of its polar factors on this device beside the stated bounds. Exits with 1 if a bound is
+exceeded.
 """
 
 import argparse

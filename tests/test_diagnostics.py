@@ -634,7 +634,6 @@ WRONG_TYPES = [
     (lambda: diagnostics.singular_values({"a": ONES}, "ByName"), "`rule` must be a"),
     (lambda: diagnostics.singular_values({"a": "no array"}), "'a' is 'no array'"),
     (lambda: diagnostics.update_cosine({"a": "b"}, {"a": "b"}), "'a' is 'b'"),
-    (lambda: diagnostics.rank_estimate({"a": ONES}, rank_tol="1"), "`rank_tol` .* '1'"),
     (lambda: diagnostics.dead_parameters({}, "1"), "`threshold` .* '1' of type str"),
     (lambda: diagnostics.dead_parameters({}, True), "`threshold` .* True of type bool"),
     (lambda: diagnostics.cosine_threshold(9.0), "`n` must be an integer.* 9.0"),

@@ -850,15 +850,13 @@ def test_left_to_the_compiler(kind):
         (lambda: Stacking(sharding=3), TypeError, r'"stack", None.*got 3'),
         (lambda: Stacking(sharding=("x", 1)), TypeError, r"got \('x', 1\)"),
         (lambda: Stacking(sharding=["x"]), TypeError, r"got \['x'\]"),
-        (lambda: Stacking(sharding=()), ValueError, "names no mesh axis.*write None"),
+        (lambda: Stacking(sharding=()), ValueError, "names no mesh axis.*use None"),
         (lambda: Stacking(sharding=P()), ValueError, "names no mesh axis"),
         (
             lambda: Stacking(sharding=NamedSharding(OTHER_MESH, P(None))),
             ValueError,
             "names no mesh axis",
         ),
-        (lambda: Stacking(machine="fast"), TypeError, "must be a Machine, got 'fast'"),
-        (lambda: Stacking(machine=Machine), TypeError, "must be a Machine"),
         (lambda: Machine(flops=0), ValueError, "`flops` must be finite and pos.*got 0"),
         (lambda: Machine(bandwidth=-1.0), ValueError, "`bandwidth`.*got -1.0"),
         (lambda: Machine(latency=math.inf), ValueError, "`latency`.*got inf"),
@@ -905,7 +903,7 @@ def test_axes_that_a_shard_map_has_taken(kind):
             out_specs=P(),
             axis_names=set(taken),
         )
-        with pytest.raises(ValueError, match="shard_map has taken 'x': leave it out"):
+        with pytest.raises(ValueError, match="shard_map uses 'x': leave it out"):
             jax.eval_shape(update, xs)
 
 

@@ -15,7 +15,7 @@ ROOMS = (
     *("polar", "components", "execution", "transforms", "optimisers", "low_rank"),
     *("nn", "decorrelation", "tasks", "diagnostics"),
 )
-# Code and what stands behind it, a formula, or what is markup in RST alone.
+# Code and what follows it, a formula, or what is markup in RST alone.
 _PIECE = re.compile(r"`([^`]+)`(\w?)|\$([^$]+)\$|(?<!\*)(\*)(?!\*)|(\|)")
 _NAME = re.compile(r"(?:orthax\.)?((?:\w+\.)?\w+)(?:\(.*\))?", re.DOTALL)
 
@@ -79,9 +79,9 @@ def to_rst(text: str, name: str) -> str:
 
 def _prose(text: str, room: str) -> str:
     def piece(found: re.Match) -> str:
-        code, behind, formula, *marks = found.groups()
+        code, suffix, formula, *marks = found.groups()
         if code:
-            return _code(code, room) + ("\\ " + behind) * bool(behind)
+            return _code(code, room) + ("\\ " + suffix) * bool(suffix)
         return f":math:`{formula}`" if formula else "\\" + "".join(filter(None, marks))
 
     return _PIECE.sub(piece, text)

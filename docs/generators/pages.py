@@ -20,7 +20,7 @@ NOTEBOOKS = ROOT / "examples" / "notebooks"
 GENERATED = ROOT / "docs" / "_generated"
 # What a copy is called where its file's name says too little.
 NAMES = {RESULTS / "README.md": "cifar10"}
-# Notebooks in the order in which they are best read; others come behind them.
+# Notebooks in the order in which they are best read; others come after them.
 ORDER = ("one_line", "which_axes", "muon", "many_devices", "watching_training")
 _LINK = re.compile(r"(\]\()(?![a-z]+:|#)([^)\s#]+)")
 

@@ -127,7 +127,7 @@ def batch_and_whitened() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_activations(figure: Figure) -> None:
-    """Draw a batch before and behind whitening."""
+    """Draw a batch before and after whitening."""
     titles = ("a centred batch X", "√n times its polar factor")
     pairs = zip(figure.subplots(1, 2), batch_and_whitened(), titles, strict=True)
     for ax, x, title in pairs:

@@ -1,4 +1,4 @@
-"""The rule that asks the program: which axes its products contract."""
+"""The rule that reads a program: which axes its products contract."""
 
 import dataclasses
 import functools
@@ -49,9 +49,9 @@ class FromFunction:
 
     def decide(self, path: str, leaf: Any) -> Decision:
         """Return the cut of the leaf at `path`, with the reason."""
-        found = match(self.overrides, path, leaf)
-        if found is not None:
-            return found
+        override = match(self.overrides, path, leaf)
+        if override is not None:
+            return override
         if path not in self._by_path:
             raise ValueError(
                 f"The parameters given to from_function have no leaf '{path}': build "
@@ -78,12 +78,12 @@ class FromFunction:
         rows = []
         for path, shape, _ in self.decisions:
             try:
-                found = self.decide(path, jax.ShapeDtypeStruct(shape, "float32"))
+                decision = self.decide(path, jax.ShapeDtypeStruct(shape, "float32"))
             except ValueError as error:
                 rows.append((path, str(shape), "raises", str(error)))
                 continue
-            cut = "left alone" if found.cut is None else str(found.cut)
-            rows.append((path, str(shape), cut, found.reason))
+            cut = "left alone" if decision.cut is None else str(decision.cut)
+            rows.append((path, str(shape), cut, decision.reason))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
         lines = [
             "  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip()
@@ -106,45 +106,45 @@ def from_function(
     overrides: Sequence[tuple[str, Matricisation | None]] = (),
     **keywords: Any,
 ) -> FromFunction:
-    """Return the rule that cuts the leaves of `params` as a program uses them.
+    """Return the rule that matricises the leaves of `params` as a program uses them.
 
-    The program is traced on shapes, nothing is computed, and every leaf is followed to
-    the products that use it, through reshapes, slices, loops and transformations. The
-    axes that are contracted with the data are the rows, those that are left the
-    columns, all others (scanned, mapped, of experts) the batch. Names play no part: any
-    framework will do, or none. Look-ups, depthwise convolutions and what is used
-    element by element are left alone.
+    The program is traced on shapes without computing anything, and every leaf is
+    followed to the products that use it, through reshapes, slices, loops and
+    transformations. Axes that are contracted with the data are rows, axes that remain
+    are columns, all others (scanned, mapped, experts) are batch axes. Names do not
+    matter, so any framework will do, or none. Look-ups, depthwise convolutions and
+    leaves that are used elementwise are left alone.
 
     Args:
       apply: called as `apply(params, *inputs, **keywords)`: a forward pass or a loss.
       params: the parameters, in any tree; arrays or `jax.ShapeDtypeStruct`s.
-      *inputs: what else `apply` takes; arrays likewise, anything else as it is.
+      *inputs: the other arguments of `apply`; arrays likewise, anything else unchanged.
       attention: `"whole"`, `"per_head"` or `"heads"`, as in `ByName`, wherever the
         columns or the rows of one product are several axes, (D, H, K) or (H, K, D).
-      blocks: whether a kernel is cut into blocks where the program takes its product
-        apart along the columns (fused query, key and value; gates). False: one matrix.
+      blocks: whether a kernel is divided into blocks if the program splits its product
+        along the columns (fused query, key and value; gates). False: one matrix.
       unused: `"raise"` for leaves that the program does not use, or None to leave them
         alone.
       overrides: pairs of a regular expression and a `Matricisation` or None, as in
-        `ByPath`; they come before what the program says.
-      **keywords: more arguments of `apply`.
+        `ByPath`; they take precedence over the program.
+      **keywords: keyword arguments of `apply`.
 
     Returns:
-      A rule for trees whose paths and shapes are those of `params`. What it cannot tell
-      (a leaf used in two ways, or by a primitive that is not known) it raises when it
-      is asked.
+      A rule for trees with the paths and shapes of `params`. For a leaf that it cannot
+      decide (used in two ways, or by an unknown primitive) the rule raises when it is
+      applied.
 
     Raises:
-      TypeError: if `apply` is not a function, or `params` holds no array.
+      TypeError: if `apply` is not a function, or `params` contains no array.
       ValueError: for an unknown `attention` or `unused`, or malformed overrides.
       Whatever `apply` raises, with a note.
 
     Limits:
       Parts of a product that are concatenated to its full width again are not blocks:
-      this tells the halves of a rotary embedding from those of a gated unit. Parts
-      within each of several heads are none either. A product that is spelled out as a
-      multiplication and a sum is not a product. Where experts that read one input are a
-      single layer, only `vmap` tells them from heads.
+      this distinguishes the halves of a rotary embedding from those of a gated unit.
+      Neither are parts within each of several heads. A product that is written as a
+      multiplication and a sum is not recognised. Experts that read one input in a
+      single layer look like heads, unless they are under `vmap`.
 
     Example:
       >>> import jax

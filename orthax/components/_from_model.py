@@ -94,33 +94,33 @@ def from_model(
     attention: str = "whole",
     overrides: Sequence[tuple[str, Matricisation | None]] = (),
 ) -> FromModel:
-    """Return the rule that cuts the leaves of an NNX or Equinox model.
+    """Return the rule for the leaves of an NNX or Equinox model.
 
-    Reads the types and attributes of the modules, and so knows what names and shapes
-    cannot tell: groups, fused gates, the axes of general linear layers, transposed
+    It reads the types and attributes of the modules, and so knows what names and shapes
+    do not show: groups, fused gates, the axes of general linear layers, transposed
     kernels, embeddings, stacked layers. Depthwise kernels are left alone.
 
     Args:
       model: an `nnx.Module`, an `eqx.Module`, or containers of these.
       attention: `"whole"`, `"per_head"` or `"heads"`, as in `ByName`.
       overrides: pairs of a regular expression and a `Matricisation` or None, as in
-        `ByPath`; they come before what the modules say.
+        `ByPath`; they take precedence over the modules.
 
     Returns:
       A rule for trees whose paths are the model's: `nnx.state(model)`,
       `eqx.filter(model, ...)`, and gradients of these.
 
     Raises:
-      TypeError: if `model` holds no NNX or Equinox module (Linen and Haiku modules do
-        not hold their parameters: use `ByName`).
+      TypeError: if `model` contains no NNX or Equinox module (Linen and Haiku modules
+        do not contain their parameters: use `ByName`).
       ValueError: for an unknown `attention`, `"heads"` on Equinox attention, whose
         heads are fused with their features, or malformed overrides.
 
     Limits:
-      Only layers that Flax and Equinox define are known, and subclasses of these;
-      parameters of other modules are decided by `ByName`. Which axes are stacked (a
-      model made under `nnx.vmap` or `eqx.filter_vmap`) is read off the sizes of the
-      layer; where these do not tell, the leaf raises and needs an override.
+      Only layers of Flax and Equinox and their subclasses are known; parameters of
+      other modules are decided by `ByName`. Stacked axes (a model made under `nnx.vmap`
+      or `eqx.filter_vmap`) are found by the sizes of the layer; if these are ambiguous,
+      the leaf raises and needs an override.
 
     Example:
       >>> import jax

@@ -93,8 +93,8 @@ def _advice(rule: Any) -> str:
     if callable(rule):
         return (
             " For a model, use components.from_model(model); for a forward pass, "
-            "components.from_function(apply, params, x); call a function that returns a "
-            "tree first; a rule of your own is a frozen dataclass with the method "
+            "components.from_function(apply, params, x); call a function that returns "
+            "a tree first; a rule of your own is a frozen dataclass with the method "
             "`resolve(path, leaf)`."
         )
     return ""

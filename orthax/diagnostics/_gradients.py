@@ -94,7 +94,7 @@ def dead_parameters(
 
     Limits:
       An absolute threshold counts the scale of the gradient as much as dead
-      parameters: a lower loss, a larger batch, weights grown in front of a batch
+      parameters: a lower loss, a larger batch, weights growing before a batch
       normalisation, all make gradients smaller and the count larger. Of two optimisers
       compared at different losses it says little (the paper's Figure 9 may show this in
       part); `relative=True`, or a threshold of 0 after a ReLU, does not have this flaw.

@@ -1,4 +1,4 @@
-"""What can be said of the activations of a layer, and when a cosine is large."""
+"""Cosines between the representations of a layer's components."""
 
 import math
 import numbers
@@ -30,15 +30,15 @@ def representation_cosines(
     component_axis: int = -1,
     per_sample: bool = True,
 ) -> RepresentationCosines:
-    r"""Return how much alike the representations of a layer's components are.
+    r"""Return how similar the representations of a layer's components are.
 
     Mean and variance of $\{|\langle x_i, x_j \rangle| / (\|x_i\| \|x_j\|) : i < j\}$,
     where $x_i$ is the feature map of component i: one vector over the spatial axes for
-    each sample. Small values say that the components pass on different information.
+    each sample. Small values mean that the components carry different information.
 
     Args:
       activations: shape `(batch, *spatial, components)`, floating or complex. The
-        authors take them behind batch normalisation and ReLU, of the first 10 samples
+        authors take them after batch normalisation and ReLU, of the first 10 samples
         of every tenth batch.
       component_axis: the axis of the components, not 0, which is the batch.
       per_sample: whether every sample has its own vectors, as in the paper. With
@@ -56,10 +56,10 @@ def representation_cosines(
         have length one.
 
     Limits:
-      Behind a ReLU all entries are non-negative, and so are all cosines: independent
-      half-Gaussian maps have a cosine of 2 / pi = 0.64 where they are dense, and of
-      1 / pi = 0.32 where half of the entries are cut off, not 0. Compare with such a
-      floor, or take the activations in front of the ReLU. Without it, independent
+      After a ReLU all entries are non-negative, and so are all cosines: independent
+      half-Gaussian maps have a cosine of 2 / pi = 0.64 if they are dense, and of
+      1 / pi = 0.32 if half of the entries are zero, not 0. Compare with such a
+      floor, or take the activations before the ReLU. Without it, independent
       vectors of length n have a mean of about `0.8 / sqrt(n)`; see `cosine_threshold`.
       A map that is zero everywhere has cosine 0 with every other, as in PyTorch: dead
       components pull the mean down. NaN or infinity gives NaN for this sample alone.
@@ -89,7 +89,7 @@ def representation_cosines(
 
 
 def cosine_threshold(n: int, sigmas: float = 4.0) -> float:
-    r"""Return the |cosine| above which two vectors are alike beyond chance.
+    r"""Return the |cosine| above which two vectors are significantly similar.
 
     `sigmas / sqrt(n)`. The cosine of two independent Gaussian vectors of length n is,
     both being uniform in direction, an entry of a random unit vector: the n squared
@@ -112,7 +112,7 @@ def cosine_threshold(n: int, sigmas: float = 4.0) -> float:
 
     Limits:
       At 1 or more no cosine is significant: with four standard deviations for n of 16
-      or less. Meant for entries of mean zero, so not behind a ReLU. Among many pairs
+      or less. Meant for entries of mean zero, so not after a ReLU. Among many pairs
       some exceed it by chance.
 
     Example:

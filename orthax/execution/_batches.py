@@ -54,20 +54,20 @@ _GPU = Limits(pad_bytes=2**18)
 
 
 def limits_of(platform: str | None) -> Limits:
-    """Return how much is worked on together on a platform; None: on any."""
+    """Return the limits of batches on a platform; None: on any."""
     return {None: Limits(), "cpu": _CPU, "tpu": _TPU}.get(platform, _GPU)
 
 
 class Batch(NamedTuple):
-    """Stacks of matrices that share a call of a function.
+    """Stacks of matrices that share one call of a function.
 
     Attributes:
-      members: which stacks, by their place in the list.
-      transposed: whether the matrices of each are.
-      shape: `(b, m, n)` of the whole; smaller matrices are padded with zeros.
-      joined: whether they are copied into one array.
-      at_once: how many matrices the function gets at once, at most. One of several,
-        not joined: a loop replaces one after another where they are.
+      members: indices of the stacks.
+      transposed: for each stack, whether its matrices are transposed.
+      shape: `(b, m, n)` of the batch; smaller matrices are padded with zeros.
+      joined: whether the stacks are copied into one array.
+      at_once: the most matrices passed to the function at once. If one, and not
+        joined: a loop that replaces the matrices in place.
     """
 
     members: tuple[int, ...]
@@ -80,12 +80,12 @@ class Batch(NamedTuple):
 def batches_of(
     stacks: Stacks, work: Work, limits: Limits, max_bytes: int | None = None
 ) -> tuple[Batch, ...]:
-    """Return which stacks share a call of a function, and how: each is in one batch.
+    """Group stacks into batches that share one call of a function.
 
     Args:
-      stacks: arrays of shape `(b, m, n)`; only shapes and dtypes are looked at.
+      stacks: arrays of shape `(b, m, n)`, of which only shapes and dtypes matter.
       work: the function.
-      limits: how much is worked on together.
+      limits: the limits of the platform.
       max_bytes: as in `Stacking`.
 
     Raises:
@@ -120,7 +120,7 @@ def batches_of(
 def _padded(
     stacks: Stacks, lots: Sequence[list[int]], pad_bytes: int, most: float
 ) -> list[list[int]]:
-    """Let matrices join longer ones where that adds few zeros."""
+    """Join matrices with longer ones where that adds few zeros."""
     padded: list[list[int]] = []
     for lot in lots:
         if padded:

@@ -1,4 +1,4 @@
-"""The work on matrices, and what moving and computing cost."""
+"""Functions of matrices and their cost."""
 
 import dataclasses
 import math
@@ -27,21 +27,20 @@ def _same(dtype: jnp.dtype) -> jnp.dtype:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A function on a batch of matrices, and what may be done with it.
+    """A function of a batch of matrices, its cost, and how it may be batched.
 
     Attributes:
-      f: maps a batch `(b, m, n)` to one of equal shape, matrix by matrix. Where
-        `split_flops` is given, also called as `f(x, axes)` inside a `shard_map`, with
-        what a device has of a batch, m <= n, whose columns are sharded over mesh axes.
+      f: maps a batch `(b, m, n)` to one of equal shape, matrix by matrix. With
+        `split_flops`, it is also called as `f(x, axes)` inside a `shard_map`, on one
+        device's columns of a batch, m <= n, with columns sharded over mesh axes.
       flops: operations for one m x n matrix; default `4 m n min(m, n)`.
       commutes_with_transpose: whether `f(x.mT) == f(x).mT`, so that an m x n and an
         n x m matrix may share a batch.
       zeros_for_zeros: whether zero rows and columns stay zero and change nothing else,
         so that matrices may be padded to share a batch.
-      split_flops: called as `split_flops(m, n, devices)`; the operations of each
-        device, how many m x m matrices are summed over them, and how often a few
-        numbers are; or None where that cannot be.
-      dtype: what a batch of a dtype is cast to before `f`; default: as it is.
+      split_flops: as `PolarMethod.split_flops`; None if matrices cannot be split.
+      dtype: maps the dtype of a batch to the one it is cast to before `f`; default: the
+        same.
 
     Example:
       >>> from orthax import execution

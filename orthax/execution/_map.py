@@ -1,4 +1,4 @@
-"""The one door: fold the leaves, work on their matrices, unfold."""
+"""Apply a function to every matrix of a tree."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,14 +22,15 @@ def map_matrices(
 ) -> Any:
     """Apply a function on batches of matrices to every matrix of a tree.
 
-    Leaves are folded into matrices as the rule says, matrices of equal shape and dtype
-    are joined, the function is called once for each batch, and everything is put back.
+    Leaves are reshaped to matrices by the rule, matrices of equal shape and dtype are
+    batched, the function is called once for each batch, and the results are reshaped
+    back.
 
     Args:
       work: maps a batch `(b, m, n)` to one of equal shape, matrix by matrix; a `Work`
-        says more of it, and `Factors` are orthogonal polar factors.
-      tree: floating or complex arrays in any pytree; other leaves come back untouched.
-      rule: how leaves are cut; leaves that it leaves alone come back untouched.
+        also states what it costs and what may be batched.
+      tree: floating or complex arrays in any pytree; other leaves are unchanged.
+      rule: how leaves form matrices; other leaves are unchanged.
       stacking: how matrices are batched and divided among devices.
 
     Returns:
@@ -41,7 +42,7 @@ def map_matrices(
       TypeError: as `components.resolve`.
 
     Limits:
-      Joining copies: the matrices of a batch exist once more while the function runs.
+      Batching copies: the matrices of a batch exist twice while the function runs.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,21 +1,22 @@
 """Layers in Flax NNX: nested, for anytime networks, and with decorrelated input.
 
 **Nested**: stage k never reads a later stage. Activations are a list with one array for
-each stage, from stage 0, the smallest network, to the last. Layers take such a list and
-give one, so that `nnx.Sequential` holds them (it would unpack tuples); what works on
-each stage alone is a map: `jax.tree.map(nnx.relu, xs)`, and `jax.tree.map(jnp.add, xs,
-ys)` for a residual.
+each stage, from stage 0, the smallest network, to the last. Layers map such a list to
+another, so they can be used in `nnx.Sequential` (which would unpack tuples). Functions
+of each stage alone are mapped: `jax.tree.map(nnx.relu, xs)`, or
+`jax.tree.map(jnp.add, xs, ys)` for a residual.
 
-`stages=n` runs the first n stages and costs no more than them. Layers behind the first
-need no telling: without `stages` they run every stage whose inputs are there. Stage k
-grows in width (`NestedLinear`, `NestedConv`, `NestedNorm`), in depth (`Branched`,
-`Interlaced`), or in both (`Interlaced` with `widen=True`).
+`stages=n` runs the first n stages, at the cost of these. Only the first layer needs it;
+each later layer runs every stage for which it receives an input. Stage k grows in width
+(`NestedLinear`, `NestedConv`, `NestedNorm`), in depth (`Branched`, `Interlaced`), or in
+both (`Interlaced` with `widen=True`).
 
-**Decorrelated**: z = R (x - mu), with R learnt by a rule of `orthax.decorrelation`, is
-what the layer gets instead of x. `DecorrelatedLinear` and `DecorrelatedConv` are such
-layers, `decorrelate` wraps those of a model, `fuse` folds R and mu away for inference.
+**Decorrelated**: the layer receives z = R (x - mu) instead of x, where R is learnt by a
+rule of `orthax.decorrelation`. `DecorrelatedLinear` and `DecorrelatedConv` are such
+layers, `decorrelate` wraps those of a model, `fuse` folds R and mu into the weights for
+inference.
 
-The room is not imported by `import orthax`; it needs Flax.
+This package needs Flax, and is imported when `orthax.nn` is first used.
 """
 
 try:

@@ -25,18 +25,19 @@ from orthax.nn._samples import samples_of
 class DecorrelationVariable(nnx.Variable):
     """Statistics of a decorrelated layer: never a parameter.
 
-    No `nnx.Param`: optimisers over `nnx.Param`, weight decay and `orthogonalise()` do
-    not see it. `nnx.state(model, DecorrelationVariable)` is what to save or to log.
+    It is not an `nnx.Param`: optimisers over `nnx.Param`, weight decay and
+    `orthogonalise()` do not see it. Save or log `nnx.state(model,
+    DecorrelationVariable)`.
     """
 
 
 class Decorrelated(nnx.Module):
-    """A layer and, in front of it, z = R (x - mu), which decorrelates its input.
+    """A layer whose input is decorrelated first, by z = R (x - mu).
 
-    In training the batch mean is removed, the layer runs on z with the R of earlier
+    In training, the batch mean is removed, the layer runs on z with the R of earlier
     batches, and then R learns from the batch. In evaluation (`model.eval()`) the
     running mean is removed and nothing is learnt. `DecorrelatedLinear` and
-    `DecorrelatedConv` make the layer as well; `decorrelate` wraps those of a model.
+    `DecorrelatedConv` create the layer too; `decorrelate` wraps those of a model.
 
     Attributes:
       layer: the layer, with its parameters.
@@ -50,7 +51,7 @@ class Decorrelated(nnx.Module):
       rule: how R learns.
       momentum: weight of a batch in the running mean, as in `update_decorrelation`.
       sample: share of the samples that R learns from, drawn at random below 1.
-      axis_name: mapped axis that splits the batch, inside `shard_map` or `pmap`.
+      axis_name: mapped axis over which the batch is split, in `shard_map` or `pmap`.
       rngs: random numbers for `sample` below 1, of the stream "decorrelation" (or the
         default one).
 
@@ -62,11 +63,12 @@ class Decorrelated(nnx.Module):
     Limits:
       A batch of one sample has no statistics: the running ones are used, as in
       evaluation, and nothing is learnt. Before the first batch the mean is zero and R
-      is I: the layer is as it was. A batch with NaN gives NaN, but leaves the
-      statistics as they were (`statistics.skipped` counts).
+      is I: the layer is unchanged. A batch with NaN gives NaN, but leaves the
+      statistics unchanged (`statistics.skipped` counts such batches).
 
-      Every call in training learns: with gradient accumulation, call with
-      `updating=False` for all micro-batches but one. `nnx.remat` learns once.
+      Every call in training updates R: with gradient accumulation, set
+      `updating=False` for all micro-batches but one. Under `nnx.remat` it is updated
+      once.
 
     Example:
       >>> import jax
@@ -79,7 +81,7 @@ class Decorrelated(nnx.Module):
       ((64, 3), 1)
 
     References:
-      Ahmad 2024, arXiv 2407.10780 (a decorrelation in front of every linear map, which
+      Ahmad 2024, arXiv 2407.10780 (a decorrelation before every linear map, which
       learns inside the forward pass).
     """
 

@@ -1,4 +1,4 @@
-"""Depth nesting: exits along a trunk, and stages whose layers lie between others."""
+"""Nesting in depth: exits along a trunk, and interlaced stages."""
 
 import functools
 import operator
@@ -14,12 +14,12 @@ Layer = Callable[[jax.Array], jax.Array]
 
 
 class Step(NamedTuple):
-    """One layer of an interlaced network: where it stands and what it reads.
+    """One layer of an interlaced network: its position and its inputs.
 
     Attributes:
-      stage: the stage that owns the layer and whose activation it replaces.
-      number: how many layers of this stage come before it.
-      reads: the stages whose latest activations it reads, `stage` itself the last one,
+      stage: the stage that owns the layer, and whose activation it replaces.
+      number: the number of layers of this stage before it.
+      reads: the stages whose latest activations it reads, the last one `stage` itself
         once it has an activation.
     """
 
@@ -33,22 +33,21 @@ def interlacing(
 ) -> tuple[Step, ...]:
     """Return the layers of an interlaced network in the order in which they run.
 
-    Stage 0 has `layers` layers. Each further stage inserts one behind each layer of the
-    stages before it, so that the number of layers doubles; it reads their latest
+    Stage 0 has `layers` layers. Each further stage inserts one after each layer of the
+    earlier stages, which doubles the number of layers; it reads their latest
     activations and its own, and they never read it.
 
     Args:
-      layers: how many layers stage 0 has.
+      layers: the number of layers of stage 0.
       stages: the number of stages.
-      inputs: how many stages have an activation at the start; the others begin with
-        their first layer.
-      widen: whether a stage has layers of its own beside those of earlier stages too
-        (they grow in width), and not only between them. Layers that stand side by side
-        do not read one another.
+      inputs: the number of stages that have an activation at the start; the others
+        start with their first layer.
+      widen: whether a stage also has layers of its own beside those of earlier stages
+        (growth in width), and not only between them. Layers side by side do not read
+        one another.
 
     Returns:
-      The layers. Those of the first n stages are `interlacing(layers, n)`, whatever
-      comes later.
+      The layers. Those of the first n stages are `interlacing(layers, n)`.
 
     Raises:
       TypeError: if a number is not an integer.
@@ -94,18 +93,18 @@ def interlacing(
 
 
 class Branched(nnx.Module):
-    """A trunk with exits: stage k is its first k + 1 blocks and an exit behind them.
+    """A trunk with exits: stage k is its first k + 1 blocks, followed by an exit.
 
-    Calling it with one array gives a list, the output of every exit. With `stages=n`
-    (static under `jit`) the first n blocks and exits run, without all.
+    Calling it with one array returns a list, the output of every exit. With `stages=n`
+    (static under `jit`) only the first n blocks and exits run.
 
     Args:
       trunk: the blocks, callables from an array to an array, one for each stage.
-      exits: the heads behind them, one for each stage.
+      exits: the heads after the blocks, one for each stage.
 
     Raises:
       TypeError: if a block or an exit cannot be called, or `stages` is not an integer.
-      ValueError: if there are not blocks, not as many exits as blocks, or `stages` is
+      ValueError: if there are no blocks, not as many exits as blocks, or `stages` is
         not between 1 and their number.
 
     Limits:
@@ -167,8 +166,8 @@ class Interlaced(nnx.Module):
 
     Stage 0 is a network of `layers` layers, and each further stage doubles their
     number. Calling it with `xs`, the activations of the first stages or one array for
-    stage 0, gives a list, the last activation of each stage. With `stages=n` (static
-    under `jit`) the first n stages run, without all whose inputs are there. The layers
+    stage 0, returns a list, the last activation of each stage. With `stages=n` (static
+    under `jit`) the first n stages run, otherwise all that have inputs. The layers
     are `stages/k/number`.
 
     Args:
@@ -177,8 +176,8 @@ class Interlaced(nnx.Module):
         `sum(widths[s] for s in step.reads)` features.
       layers: how many layers stage 0 has.
       stages: the number of stages.
-      inputs: how many stages `xs` has activations of: 1, or `stages` behind another
-        layer of this room.
+      inputs: the number of stages in `xs`: 1, or `stages` after another layer of this
+        package.
       widen: whether stages grow in width too, with layers of their own beside those of
         earlier stages.
       combine: makes what a layer reads from the list of the activations of

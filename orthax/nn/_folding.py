@@ -1,4 +1,4 @@
-"""A decorrelating map folded into the kernel and the bias of the layer behind it."""
+"""Folding a decorrelating map into the kernel and bias of the layer after it."""
 
 import jax
 from flax import nnx
@@ -15,8 +15,8 @@ def folded(
 ) -> nnx.Linear | nnx.Conv:
     """Return a layer with the kernel R^T W and the bias b - mu R^T W.
 
-    Everything else (strides, precision, functions, dtypes) is the layer's own. Its
-    outputs for x are those of `layer` for z = R (x - mu).
+    Everything else (strides, precision, dtypes) is copied from the layer. Its outputs
+    for x are those of `layer` for z = R (x - mu).
     """
     new = nnx.clone(layer)
     kernel = layer.kernel[...]

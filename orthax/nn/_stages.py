@@ -27,16 +27,16 @@ def select(
 
     Args:
       xs: activations of the first stages.
-      given: how many stages have an activation of their own in front of the layer.
-      built: how many stages the layer has.
-      stages: how many are to run, or None for all whose activations are there.
+      given: the number of stages that have an activation before the layer.
+      built: the number of stages of the layer.
+      stages: the number of stages to run; None: all that have activations.
     """
     xs = [xs] if _is_array(xs) else list(xs)
     if not 1 <= len(xs) <= given or not all(map(_is_array, xs)):
-        found = [type(x).__name__ for x in xs]
+        types = [type(x).__name__ for x in xs]
         raise ValueError(
             f"`xs` must be an array for each of the first stages, 1 to {given} of them,"
-            f" or one array alone, got {len(xs)}: {found}."
+            f" or a single array, got {len(xs)}: {types}."
         )
     if stages is None:
         return xs, built if len(xs) == given else len(xs)

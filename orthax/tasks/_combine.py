@@ -181,7 +181,7 @@ def _check_tasks(updates: optax.Updates, params: optax.Params | None) -> None:
             )
         found.setdefault(leaf.shape[0], name)
     if not found or 0 in found:
-        raise ValueError("There are not tasks: the updates are empty.")
+        raise ValueError("There are no tasks: the updates are empty.")
     if len(found) > 1:
         counts = ", ".join(f"{n} in leaf {name}" for n, name in found.items())
         raise ValueError(
@@ -196,7 +196,7 @@ def _check_tasks(updates: optax.Updates, params: optax.Params | None) -> None:
         if leaf.shape[1:] != jnp.shape(param):
             raise ValueError(
                 f"Leaf {jax.tree_util.keystr(path)} has shape {leaf.shape}; expected "
-                f"{jnp.shape(param)}, the parameter's, behind an axis of tasks."
+                f"an axis of tasks followed by the parameter's {jnp.shape(param)}."
             )
 
 

@@ -22,17 +22,17 @@ def task_value_and_grad(
 
     Returns:
       A function of the same arguments that returns `(losses, grads)`, or `((losses,
-      aux), grads)`, where every leaf of `grads` has the shape of the parameter behind
-      an axis of tasks.
+      aux), grads)`, where every leaf of `grads` has an axis of tasks followed by the
+      axes of the parameter.
 
     Raises:
       ValueError: when called, if `losses` does not return a vector of at least one
         loss.
 
     Limits:
-      One forward pass and as many backward passes as tasks, side by side; the gradients
-      take as much memory as all tasks have parameters. See `combined_value_and_grad`
-      for less.
+      One forward pass, and a batch of backward passes, one for each task; the gradients
+      take the memory of the parameters times the number of tasks. See
+      `combined_value_and_grad` for less.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,8 +62,8 @@ def combined_value_and_grad(
 
     The first pass computes the Gram matrix, one gradient at a time, $K e_i = J (J^T
     e_i)$: a backward pass and its transpose for each task. The second is one backward
-    pass with the weights of the rule. The same as `task_value_and_grad` with
-    `combine_tasks(rule)` behind it, with the memory of one gradient.
+    pass with the weights of the rule. The result is that of `task_value_and_grad`
+    followed by `combine_tasks(rule)`, with the memory of one gradient.
 
     Args:
       losses: as for `task_value_and_grad`.

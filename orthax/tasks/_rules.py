@@ -57,27 +57,26 @@ class Sum:
 class OSGD:
     r"""Ordered Gram-Schmidt: to first order, no task moves against an earlier one.
 
-    Of every gradient the part in the span of those before it is taken away, and the
-    rest is summed: $q_i = g_i - \sum_{j<i} \frac{\langle g_i, q_j \rangle}{\langle q_j,
+    The projection of every gradient on the earlier ones is removed, and the remainders
+    are summed: $q_i = g_i - \sum_{j<i} \frac{\langle g_i, q_j \rangle}{\langle q_j,
     q_j \rangle} q_j$ and $d = \sum_i q_i$, so that $\langle g_1, d \rangle =
-    \|g_1\|^2$: the first loss falls as if it were alone. A reconstruction: the paper's
-    abstract says what is projected, its algorithm could not be read.
+    \|g_1\|^2$: the first loss falls as if it were alone. A reconstruction: we could
+    read the paper's abstract, but not its algorithm.
 
     Attributes:
-      order: tasks by priority, first the one that nothing may disturb; a permutation.
-        Default: as they come.
+      order: tasks by priority, the highest first; a permutation. Default: 0, 1, ...
       normalise: `"per_task"` gives every remainder $q_i$ the norm of its $g_i$,
         `"total"` gives d the norm of the sum of all gradients. Default: neither.
-      conflict_only: take a part away only where it points against the earlier one.
+      conflict_only: remove a projection only if it opposes the earlier gradient.
 
     Raises:
       ValueError: for an `order` that is not a permutation of all tasks, or an unknown
         `normalise`.
 
     Limits:
-      A gradient adds nothing where its remainder is below sqrt(16 tasks eps) of its
-      norm, 2e-3 for two tasks in float32: it could be rounding of the Gram matrix.
-      Momentum, Adam, decay or `orthogonalise` behind it break the identity.
+      A gradient contributes nothing if its remainder is below sqrt(16 tasks eps) of its
+      norm, 2e-3 for two tasks in float32: it may be rounding of the Gram matrix.
+      Momentum, Adam, decay or `orthogonalise` after it break the identity.
 
     Example:
       >>> import jax.numpy as jnp

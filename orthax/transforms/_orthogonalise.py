@@ -32,7 +32,7 @@ def orthogonalise(
       learning rate is the spectral norm of a step.
 
     Raises:
-      TypeError: if `method` or `rule` is something else.
+      TypeError: if `method`, `rule` or `stacking` is something else.
       ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
         none.
 
@@ -61,6 +61,8 @@ def orthogonalise(
     """
     work = Factors(method)
     rule = check_rule(rule)
+    if not isinstance(stacking, execution.Stacking):
+        raise TypeError(f"`stacking` must be an execution.Stacking, got {stacking!r}.")
 
     def update(updates: optax.Updates) -> optax.Updates:
         return execution.map_matrices(work, updates, rule, stacking=stacking)

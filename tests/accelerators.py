@@ -39,6 +39,9 @@ TRANSFORMS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "orthogonalise": orthax.orthogonalise,
     "normalise": orthax.normalise,
     "normalise_components": orthax.normalise_components,
+    "scale_to_weights": transforms.scale_to_weights,
+    "on_sphere": transforms.on_sphere,
+    "add_cautious_decay": lambda rule: transforms.add_cautious_decay(0.1),
     "nesterov_ema": lambda rule: transforms.nesterov_ema(0.9),
     "restore_norm": lambda rule: transforms.restore_norm(
         orthax.orthogonalise(rule=rule), rule=rule

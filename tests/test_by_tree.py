@@ -144,6 +144,8 @@ TRANSFORMS = {
     "normalise": lambda rule: orthax.normalise(rule=rule),
     "normalise_components": lambda rule: orthax.normalise_components(rule=rule),
     "scale_by_shape": lambda rule: orthax.scale_by_shape(rule=rule),
+    "scale_to_weights": lambda rule: transforms.scale_to_weights(rule=rule),
+    "on_sphere": lambda rule: transforms.on_sphere(rule=rule),
     "scale_by_component_rms": lambda rule: transforms.scale_by_component_rms(rule=rule),
     "restore_norm": lambda rule: transforms.restore_norm(
         orthax.orthogonalise(rule=rule), rule=rule

@@ -132,6 +132,14 @@ def width(fan_in, fan_out, taps):
     return math.sqrt(max(1, fan_out / fan_in))
 
 
+def with_weights(f: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Oracle:
+    return lambda at: f(at.g, at.p) if at.is_matrix else at.g
+
+
+def on_sphere(u, w):
+    return (w + u) * np.linalg.norm(w) / np.linalg.norm(w + u) - w
+
+
 def rate(learning_rate, t):
     """Optax counts steps from zero."""
     return learning_rate(t - 1) if callable(learning_rate) else learning_rate
@@ -147,11 +155,16 @@ def nesterov_ema(at, decay):
     return decay * ahead + (1 - decay) * at.g / (1 - decay**at.t)
 
 
-def component_rms(at, b2, eps, g=None):
+def reduced(axis, g):
+    """The axis along which the vectors lie that are called so."""
+    return int(axis == "rows" or (axis == "short" and g.shape[0] > g.shape[1]))
+
+
+def component_rms(at, b2, eps, g=None, axis="columns"):
     g = at.g if g is None else g
     if not at.is_matrix:
         return g
-    v = mean(at, np.mean(g**2, axis=0), b2, "v")
+    v = mean(at, np.mean(g**2, axis=reduced(axis, g), keepdims=True), b2, "v")
     out = g / (np.sqrt(v) + eps)
     return out * np.linalg.norm(g) / np.linalg.norm(out)
 
@@ -423,6 +436,31 @@ TRANSFORM_CASES = [
         orthax.normalise_components,
         on_matrices(lambda g: g / np.linalg.norm(g, axis=0)),
     ),
+    *(
+        Case(
+            f"normalise_components_{axis}",
+            functools.partial(orthax.normalise_components, axis=axis),
+            on_matrices(
+                lambda g, axis=axis: (
+                    g / np.linalg.norm(g, axis=reduced(axis, g), keepdims=True)
+                )
+            ),
+        )
+        for axis in ("rows", "short")
+    ),
+    Case(
+        "scale_to_weights",
+        transforms.scale_to_weights,
+        with_weights(lambda u, w: u * np.linalg.norm(w) / np.linalg.norm(u)),
+        needs_params=True,
+    ),
+    Case("on_sphere", transforms.on_sphere, with_weights(on_sphere), needs_params=True),
+    Case(
+        "add_cautious_decay",
+        functools.partial(transforms.add_cautious_decay, 0.3),
+        lambda at: np.where(at.g * at.p > 0, at.g + 0.3 * at.p, at.g),
+        needs_params=True,
+    ),
     Case(
         "restore_norm_OriginalNorm",
         functools.partial(restore_norm, transforms.OriginalNorm()),
@@ -437,6 +475,12 @@ TRANSFORM_CASES = [
         "scale_by_component_rms",
         functools.partial(transforms.scale_by_component_rms, 0.6, 0.05),
         lambda at: component_rms(at, 0.6, 0.05),
+        memories=3,
+    ),
+    Case(
+        "scale_by_component_rms_short",
+        functools.partial(transforms.scale_by_component_rms, 0.6, 0.05, axis="short"),
+        lambda at: component_rms(at, 0.6, 0.05, axis="short"),
         memories=3,
     ),
     Case(
@@ -461,7 +505,9 @@ OPTIMISER_CASES = [
 CASES = [*METHOD_CASES, *SCALE_CASES, *TRANSFORM_CASES, *OPTIMISER_CASES]
 # Wrappers see no difference between methods, or between scale rules.
 KINDS = [METHOD_CASES[0], SCALE_CASES[3], *TRANSFORM_CASES, *OPTIMISER_CASES]
-CUTTING = [case for case in KINDS if case.name != "nesterov_ema"]
+CUTTING = [
+    case for case in KINDS if case.name not in ("nesterov_ema", "add_cautious_decay")
+]
 
 
 def each(cases):
@@ -574,7 +620,7 @@ def test_init_needs_shapes_alone(case):
     assert types(jax.eval_shape(tx.init, params)) == types(state)
     assert types(tx.init(shapes)) == types(state)
     # It does look: a leaf that cannot be decided is found before the first step.
-    if case.name != "nesterov_ema":
+    if case.name not in ("nesterov_ema", "add_cautious_decay"):
         with pytest.raises(ValueError, match="'lone/kernel'"):
             tx.init({"lone/kernel": jax.ShapeDtypeStruct((2, 3, 4), "float32")})
 

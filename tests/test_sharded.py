@@ -1046,13 +1046,17 @@ OPTIMISERS = {
     "normuon": lambda s: orthax.normuon(0.1, stacking=s, **HOW),
     "normalise": lambda s: orthax.normalise(**STACKED),
     "normalise_components": lambda s: orthax.normalise_components(**STACKED),
+    "rows": lambda s: orthax.normalise_components(axis="rows", **STACKED),
+    "to_weights": lambda s: transforms.scale_to_weights(**STACKED),
+    "on_sphere": lambda s: transforms.on_sphere(**STACKED),
     "original": lambda s: restoring(transforms.OriginalNorm(), s),
     "nuclear": lambda s: restoring(transforms.NuclearNorm(), s),
     "shape": lambda s: orthax.scale_by_shape(transforms.Spectral(), **STACKED),
 }
 
 
-WITHOUT_EXCHANGE = ("normalise", "normalise_components", "shape")
+WITHOUT_EXCHANGE = ("normalise", "normalise_components", "shape", "rows")
+WITHOUT_EXCHANGE += ("to_weights", "on_sphere")
 # How many leaves of a state have the shape of a parameter.
 STATES = {"sgd": 5, "adam": 10, "lars": 5, "muon": 6, "normuon": 6}
 

@@ -146,6 +146,9 @@ TRANSFORMATIONS = {
     "normalise": lambda: orthax.normalise(rule=RULE),
     "normalise_components": lambda: orthax.normalise_components(rule=RULE),
     "scale_by_component_rms": lambda: transforms.scale_by_component_rms(rule=RULE),
+    "scale_to_weights": lambda: transforms.scale_to_weights(rule=RULE),
+    "on_sphere": lambda: transforms.on_sphere(rule=RULE),
+    "add_cautious_decay": lambda: transforms.add_cautious_decay(0.1),
     "nesterov_ema": lambda: transforms.nesterov_ema(0.9),
     "nesterov_ema, bfloat16": lambda: transforms.nesterov_ema(0.9, mu_dtype="bfloat16"),
     **{

@@ -15,14 +15,17 @@ from orthax.internal.transforms import (
     without_keys,
 )
 
+Scale = transforms.ShapeRule | optax.GradientTransformation
+
 
 def muon(
     learning_rate: optax.ScalarOrSchedule,
     momentum: float = 0.95,
     *,
     nesterov: bool = True,
-    weight_decay: float = 0.0,
-    scale: transforms.ShapeRule = transforms.Width(),
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any | None = None,
+    scale: Scale = transforms.Width(),
     rest: optax.GradientTransformation | None = None,
     mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
@@ -41,8 +44,12 @@ def muon(
         or a schedule. With `scale=RMSMatch(0.2)`, start at AdamW's.
       momentum: decay of the gradient's running mean, dimensionless.
       nesterov: whether to use Nesterov momentum.
-      weight_decay: decoupled decay of the matrices, times the learning rate.
-      scale: factor of each matrix by its shape.
+      weight_decay: decoupled decay of the matrices, times the learning rate; a number
+        or a schedule.
+      weight_decay_mask: which matrices decay: a tree of booleans like the parameters, a
+        prefix of one, or a function from the parameters to one. Default: all.
+      scale: factor of each matrix by its shape, or a transformation in its place, such
+        as `transforms.scale_to_weights()`.
       rest: the optimiser of non-matrix parameters; default `optax.adamw` at the same
         learning rate and without decay.
       mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default that of
@@ -87,8 +94,8 @@ def muon(
     matrices = optax.chain(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
-        transforms.scale_by_shape(scale, rule=rule),
-        optax.add_decayed_weights(weight_decay),
+        _scaled(scale, rule),
+        _decayed(weight_decay, weight_decay_mask),
         promoting(optax.scale_by_learning_rate(learning_rate)),
     )
     if rest is None:
@@ -104,8 +111,9 @@ def normuon(
     eps: float = 1e-8,
     *,
     nesterov: bool = False,
-    weight_decay: float = 0.0,
-    scale: transforms.ShapeRule = transforms.RMSMatch(),
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any | None = None,
+    scale: Scale = transforms.RMSMatch(),
     rest: optax.GradientTransformation | None = None,
     mu_dtype: Any | None = None,
     method: polar.PolarMethod = polar.Auto("fast"),
@@ -121,8 +129,12 @@ def normuon(
       b2: decay of the running mean square of each component, dimensionless.
       eps: added to its root, dimensionless.
       nesterov: whether to use Nesterov momentum.
-      weight_decay: decoupled decay of the matrices, times the learning rate.
-      scale: factor of each matrix by its shape.
+      weight_decay: decoupled decay of the matrices, times the learning rate; a number
+        or a schedule.
+      weight_decay_mask: which matrices decay: a tree of booleans like the parameters, a
+        prefix of one, or a function from the parameters to one. Default: all.
+      scale: factor of each matrix by its shape, or a transformation in its place, such
+        as `transforms.scale_to_weights()`.
       rest: the optimiser of non-matrix parameters; default `optax.adamw` at the same
         learning rate and without decay.
       mu_dtype: dtype of the running mean, by name or as a `jnp.dtype`; default that of
@@ -163,8 +175,8 @@ def normuon(
         _averaged(momentum, nesterov, mu_dtype),
         transforms.orthogonalise(method, rule=rule, stacking=stacking),
         transforms.scale_by_component_rms(b2, eps, rule=rule),
-        transforms.scale_by_shape(scale, rule=rule),
-        optax.add_decayed_weights(weight_decay),
+        _scaled(scale, rule),
+        _decayed(weight_decay, weight_decay_mask),
         promoting(optax.scale_by_learning_rate(learning_rate)),
     )
     if rest is None:
@@ -179,6 +191,29 @@ def _check_rest(rest: Any) -> None:
             "`rest` must be an optimiser such as optax.adamw(1e-3), or None, got "
             f"{rest!r} of type {type(rest).__name__}."
         )
+
+
+def _scaled(scale: Scale, rule: components.Rule) -> optax.GradientTransformation:
+    if isinstance(scale, optax.GradientTransformation):
+        return scale
+    return transforms.scale_by_shape(scale, rule=rule)
+
+
+def _decayed(
+    weight_decay: optax.ScalarOrSchedule, mask: Any | None
+) -> optax.GradientTransformation:
+    """Return the decay of those matrices that a mask of all parameters names."""
+    if mask is None:
+        return optax.add_decayed_weights(weight_decay)
+
+    def visible(params: Any) -> Any:
+        flags = mask(params) if callable(mask) else mask
+        # A flag may hold for a sub-tree, and leaves that are not matrices are hidden.
+        return jax.tree.map(
+            lambda flag, part: jax.tree.map(lambda _: flag, part), flags, params
+        )
+
+    return optax.add_decayed_weights(weight_decay, visible)
 
 
 def _averaged(

@@ -5,6 +5,7 @@ from orthax.transforms._component_rms import (
     ScaleByComponentRMSState as ScaleByComponentRMSState,
     scale_by_component_rms as scale_by_component_rms,
 )
+from orthax.transforms._decay import add_cautious_decay as add_cautious_decay
 from orthax.transforms._momentum import (
     NesterovEMAState as NesterovEMAState,
     nesterov_ema as nesterov_ema,
@@ -27,6 +28,10 @@ from orthax.transforms._shape import (
     Spectral as Spectral,
     Width as Width,
     scale_by_shape as scale_by_shape,
+)
+from orthax.transforms._sphere import (
+    on_sphere as on_sphere,
+    scale_to_weights as scale_to_weights,
 )
 
 __getattr__ = _american(__name__)

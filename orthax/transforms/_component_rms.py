@@ -11,6 +11,7 @@ from orthax import components
 from orthax._linalg import working
 from orthax.internal.components import check_rule
 from orthax.internal.execution import by_compiler
+from orthax.transforms._axis import check_axis, reduced_axes
 from orthax.transforms._masked import Hidden
 
 Axes = tuple[int, ...]
@@ -21,9 +22,9 @@ class ScaleByComponentRMSState(NamedTuple):
 
     Attributes:
       nu: a tree like the parameters. For a matrix leaf, the float32 running mean of the
-        squared entries of each column: shaped and sharded like the parameter, with row
-        axes of size one, or a flat vector if one kernel holds several matrices. For
-        other leaves an `optax.MaskedNode`.
+        squared entries of each column (or row, see `axis`): shaped and sharded like the
+        parameter, with the other axes of size one, or a flat vector if one kernel holds
+        several matrices. For other leaves an `optax.MaskedNode`.
     """
 
     nu: Any
@@ -33,6 +34,7 @@ def scale_by_component_rms(
     b2: float = 0.95,
     eps: float = 1e-8,
     *,
+    axis: str = "columns",
     rule: components.RuleOrTree = components.ByName(),
 ) -> optax.GradientTransformationExtraArgs:
     r"""Divide every component by its running root mean square, and keep the norm.
@@ -47,6 +49,9 @@ def scale_by_component_rms(
       b2: decay of the running mean, in [0, 1), dimensionless.
       eps: added to the root mean square, dimensionless; entries of a full-rank polar
         factor have root mean square `1 / sqrt(max(m, n))`.
+      axis: which vectors are divided: `"columns"`, the components, as in NorMuon;
+        `"rows"`; or `"short"`, the rows of tall matrices and the columns of others,
+        whose norms differ even in a polar factor.
       rule: how leaves form matrices; the same as for `orthogonalise`.
 
     Returns:
@@ -54,8 +59,8 @@ def scale_by_component_rms(
 
     Raises:
       TypeError: if `rule` is not a rule.
-      ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
-        none.
+      ValueError: for an unknown `axis`; from `init` and `update`, if the rule cannot
+        decide a leaf or cuts none.
 
     Limits:
       A zero update gives zero. As in the paper there is no bias correction: restoring
@@ -77,10 +82,11 @@ def scale_by_component_rms(
       of full rank.
     """
     rule = check_rule(rule)
+    check_axis(axis)
 
     def init(params: optax.Params) -> ScaleByComponentRMSState:
         nu = [
-            _zeros(leaf) if leaf.cut else Hidden()
+            _zeros(leaf, axis) if leaf.cut else Hidden()
             for leaf in components.resolve(params, rule)
         ]
         return ScaleByComponentRMSState(
@@ -95,7 +101,7 @@ def scale_by_component_rms(
         for leaf, nu in zip(leaves, structure.flatten_up_to(state.nu), strict=True):
             x = leaf.value
             if leaf.cut:
-                x, nu = _equalised(jnp.asarray(x), nu, leaf.cut, b2, eps)
+                x, nu = _equalised(jnp.asarray(x), nu, leaf.cut, axis, b2, eps)
             values.append(x)
             moments.append(nu)
         nu = jax.tree.unflatten(structure, moments)
@@ -104,29 +110,45 @@ def scale_by_component_rms(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _zeros(leaf: components.Leaf) -> jax.Array:
-    if leaf.cut.is_whole:
+def _zeros(leaf: components.Leaf, axis: str) -> jax.Array:
+    shape, cut = leaf.value.shape, leaf.cut
+    if cut.is_whole:
         # A sum rather than zeros of its shape: it is sharded like the leaf.
         zeros = jnp.zeros_like(leaf.value, dtype=jnp.float32)
-        return jnp.sum(zeros, axis=leaf.cut.rows, keepdims=True)
-    shapes = leaf.cut.matrices(leaf.value.shape)
-    return jnp.zeros(sum(b * n for b, _, n in shapes), jnp.float32)
+        cut = cut.on(len(shape))
+        axes = reduced_axes(axis, cut.rows, cut.columns, shape)
+        return jnp.sum(zeros, axis=axes, keepdims=True)
+    sizes = (_count(axis, stack) for stack in cut.matrices(shape))
+    return jnp.zeros(sum(sizes), jnp.float32)
+
+
+def _count(axis: str, stack: tuple[int, int, int]) -> int:
+    """Return the number of vectors of a batch `(b, m, n)`."""
+    (side,) = reduced_axes(axis, (1,), (2,), stack)
+    return stack[0] * stack[3 - side]
 
 
 def _equalised(
-    x: jax.Array, nu: jax.Array, cut: components.Matricisation, b2: float, eps: float
+    x: jax.Array,
+    nu: jax.Array,
+    cut: components.Matricisation,
+    axis: str,
+    b2: float,
+    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     if cut.is_whole:
-        return _divided(x, nu, cut.rows, cut.columns, b2, eps)
+        cut = cut.on(x.ndim)
+        return _divided(x, nu, cut.rows, cut.columns, axis, b2, eps)
 
     def on_stacks(x: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
         stacks = cut.fold(x)
-        ends = itertools.accumulate(len(s) * s.shape[2] for s in stacks)
+        ends = itertools.accumulate(_count(axis, s.shape) for s in stacks)
         parts = jnp.split(nu, list(ends)[:-1])
-        pairs = [
-            _divided(s, v.reshape(len(s), 1, -1), (1,), (2,), b2, eps)
-            for s, v in zip(stacks, parts, strict=True)
-        ]
+        pairs = []
+        for s, v in zip(stacks, parts, strict=True):
+            (side,) = reduced_axes(axis, (1,), (2,), s.shape)
+            v = v.reshape([1 if i == side else n for i, n in enumerate(s.shape)])
+            pairs.append(_divided(s, v, (1,), (2,), axis, b2, eps))
         out = cut.unfold([s for s, _ in pairs], x.shape)
         return out, jnp.concatenate([v.ravel() for _, v in pairs])
 
@@ -134,11 +156,18 @@ def _equalised(
 
 
 def _divided(
-    x: jax.Array, v: jax.Array, rows: Axes, columns: Axes, b2: float, eps: float
+    x: jax.Array,
+    v: jax.Array,
+    rows: Axes,
+    columns: Axes,
+    axis: str,
+    b2: float,
+    eps: float,
 ) -> tuple[jax.Array, jax.Array]:
     work = working(x)
     entries = work.real**2 + work.imag**2
-    square = jnp.mean(entries, axis=rows, keepdims=True)
+    axes = reduced_axes(axis, rows, columns, x.shape)
+    square = jnp.mean(entries, axis=axes, keepdims=True)
     mean = (b2 * v).astype(square.dtype) + (1 - b2) * square
     v = mean.astype(v.dtype)
     out = work / (jnp.sqrt(v) + eps).astype(square.dtype)

@@ -28,8 +28,8 @@ class OriginalNorm:
 
     def factor(self, before: jax.Array, after: jax.Array, axes: Axes) -> jax.Array:
         """Return one factor for each matrix; `axes` are its axes, and are kept."""
-        norm = _frobenius(after, axes)
-        ratio = _frobenius(before, axes) / jnp.where(norm > 0, norm, 1)
+        norm = frobenius(after, axes)
+        ratio = frobenius(before, axes) / jnp.where(norm > 0, norm, 1)
         return jnp.where(norm > 0, ratio, 1)
 
 
@@ -127,5 +127,5 @@ def restore_norm(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _frobenius(x: jax.Array, axes: Axes) -> jax.Array:
+def frobenius(x: jax.Array, axes: Axes) -> jax.Array:
     return jnp.sqrt(jnp.sum(x.real**2 + x.imag**2, axis=axes, keepdims=True))

@@ -8,6 +8,7 @@ from orthax import components
 from orthax._linalg import working
 from orthax.internal.components import check_rule
 from orthax.internal.execution import along_axes
+from orthax.transforms._axis import check_axis, reduced_axes
 from orthax.transforms._stateless import stateless
 
 
@@ -44,17 +45,24 @@ def normalise(
     References:
       Tuddenham et al. 2022, arXiv 2202.07052, Section 3.1 (N-SGDM).
     """
-    return _divided(rule, safe, each_component=False)
+    return _divided(rule, safe, None)
 
 
 def normalise_components(
-    *, rule: components.RuleOrTree = components.ByName(), safe: bool = True
+    *,
+    axis: str = "columns",
+    rule: components.RuleOrTree = components.ByName(),
+    safe: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Divide the gradient of every component by its Euclidean norm (CN-SGD).
 
-    A component is a column of the P x N gradient matrix: a filter, a unit.
+    A component is a column of the P x N gradient matrix: a filter, a unit. Before
+    `orthogonalise` this equilibrates its input (MuonEq), after it the output (Muon+).
 
     Args:
+      axis: which vectors are divided by their norms: `"columns"`, the components;
+        `"rows"`; or `"short"`, the rows of tall matrices and the columns of others,
+        whose norms differ even in a polar factor.
       rule: how leaves form matrices; other leaves pass through unchanged.
       safe: whether zero stays zero and the result is exact at every scale. `False`
         divides plainly, as the authors' code does: a component without gradient, such
@@ -66,8 +74,8 @@ def normalise_components(
 
     Raises:
       TypeError: if `rule` is not a rule.
-      ValueError: from `init` and `update`, if the rule cannot decide a leaf or cuts
-        none.
+      ValueError: for an unknown `axis`; from `init` and `update`, if the rule cannot
+        decide a leaf or cuts none.
 
     Limits:
       NaN or infinity in a component gives NaN in all of it, and in no other.
@@ -82,20 +90,25 @@ def normalise_components(
       [[0.6, 0.0], [0.8, 0.0]]
 
     References:
-      Tuddenham et al. 2022, arXiv 2202.07052, Section 3.1 and Table 4 (CN-SGDM).
+      Tuddenham et al. 2022, arXiv 2202.07052, Section 3.1 and Table 4 (CN-SGDM);
+      arXiv 2602.21545 (Muon+); arXiv 2603.28254 (MuonEq).
     """
-    return _divided(rule, safe, each_component=True)
+    check_axis(axis)
+    return _divided(rule, safe, axis)
 
 
 def _divided(
-    rule: components.Rule, safe: bool, *, each_component: bool
+    rule: components.Rule, safe: bool, axis: str | None
 ) -> optax.GradientTransformationExtraArgs:
+    """Divide vectors along an axis, or whole matrices, by their norms."""
     rule = check_rule(rule)
 
     def divide(
         rows: tuple[int, ...], columns: tuple[int, ...], x: jax.Array
     ) -> jax.Array:
-        axes = rows if each_component else rows + columns
+        axes = rows + columns
+        if axis is not None:
+            axes = reduced_axes(axis, rows, columns, x.shape)
         work = working(x)
         if safe:
             # First by the largest entry: squares of small entries would underflow.

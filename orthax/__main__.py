@@ -15,7 +15,14 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from orthax import __version__, _self_check, polar
+try:
+    from orthax import __version__, _self_check, polar
+except ImportError as error:
+    raise SystemExit(
+        f"{error}. The distribution 'orthax' (orthogonal polynomials) has probably "
+        "overwritten files of 'orthax-optim'. To fix this, run: pip uninstall -y orthax "
+        "orthax-optim && pip install orthax-optim"
+    ) from None
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")
 # A square one, a 3 x 3 convolution, two dense layers.

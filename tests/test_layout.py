@@ -3,6 +3,7 @@
 import ast
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -154,3 +155,19 @@ def test_the_other_orthax_is_refused_with_the_way_out(tmp_path):
     assert done.returncode != 0
     assert "ImportError: The distribution 'orthax' 0.2.11" in done.stderr
     assert "pip install orthax-optim" in done.stderr
+
+
+def test_the_report_explains_a_package_that_was_overwritten(tmp_path):
+    (tmp_path / "orthax").mkdir()
+    (tmp_path / "orthax" / "__init__.py").write_text("polynomials = True")
+    shutil.copy(ROOT / "__main__.py", tmp_path / "orthax")
+    done = subprocess.run(
+        [sys.executable, "-m", "orthax"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "pip uninstall -y orthax orthax-optim" in done.stderr
+    assert "Traceback" not in done.stderr

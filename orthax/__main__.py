@@ -20,8 +20,8 @@ try:
 except ImportError as error:
     raise SystemExit(
         f"{error}. The distribution 'orthax' (orthogonal polynomials) has probably "
-        "overwritten files of 'orthax-optim'. To fix this, run: pip uninstall -y orthax "
-        "orthax-optim && pip install orthax-optim"
+        "overwritten files of 'orthax-optim'. To fix this, run: pip uninstall -y "
+        "orthax orthax-optim && pip install orthax-optim"
     ) from None
 
 _PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -87,20 +88,31 @@ def test_only_what_was_built_and_tested_is_published():
         assert name == "publish" or "permissions" not in job
 
 
-def test_the_tag_of_a_release_must_be_the_version():
+def test_the_tag_of_a_release_must_be_the_version_and_dated(tmp_path):
     (check,) = (
         step["run"]
         for step in workflow("release")["jobs"]["build"]["steps"]
-        if step.get("name") == "The tag is the version"
+        if step.get("name", "").startswith("The tag is the version")
     )
-    for tag, status in ((f"v{orthax.__version__}", 0), ("v9.9.9", 1)):
+    (tmp_path / "orthax").mkdir()
+    for name in ("orthax/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    version, log = orthax.__version__, tmp_path / "CHANGELOG.md"
+    rest = log.read_text().partition(f"## {version}")[2].partition("\n")[2]
+
+    def released(tag, heading):
+        log.write_text(f"# Changelog\n\n## {heading}\n{rest}")
         done = subprocess.run(
             ["bash", "-e", "-c", check],
-            cwd=ROOT,
+            cwd=tmp_path,
             env={"GITHUB_REF_NAME": tag, "PATH": "/usr/bin:/bin"},
             check=False,
         )
-        assert done.returncode == status
+        return done.returncode == 0
+
+    assert released(f"v{version}", f"{version} (2026-12-24)")
+    assert not released("v9.9.9", f"{version} (2026-12-24)")
+    assert not released(f"v{version}", f"{version} (unreleased)")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -68,7 +68,10 @@ def load_cifar10(data_dir: str | os.PathLike | None = None) -> Dataset:
 
 def make_builder(data_dir: str | os.PathLike | None = None) -> Any:
     """Return TFDS's builder of CIFAR-10 for a folder; see `load_cifar10`."""
-    import tensorflow_datasets as tfds  # here, because loading the digits needs none
+    try:  # here, because loading the digits needs none
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise SystemExit(f'{error}: pip install -e ".[cifar10]"') from None
 
     return tfds.builder("cifar10", data_dir=data_dir or os.environ.get("ORTHAX_DATA"))
 

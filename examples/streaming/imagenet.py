@@ -89,6 +89,8 @@ def run_or_exit(config: Imagenet) -> None:
     """Train as the settings say, or end the program with what is wrong."""
     try:
         run(config)
+    except ModuleNotFoundError as error:
+        sys.exit(f'{error}: pip install -e ".[imagenet]"')
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
 

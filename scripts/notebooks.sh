@@ -27,13 +27,33 @@ if [ -n "$check" ]; then
     0.7.* | 0.8.* | 0.9.* | 0.10.*) flags+=" --xla_cpu_use_fusion_emitters=false" ;;
   esac
   export XLA_FLAGS="${XLA_FLAGS:-} $flags"
-  export ORTHAX_SMALL=1
-  files=("${names[@]/#/$folder/}")
-  exec pytest --nbmake --durations=0 "${files[@]/%/.ipynb}"
+  # Copies on small sizes: the metadata of a cell says which lines are others there, or
+  # that it is left out.
+  small=$(mktemp -d)
+  trap 'rm -rf "$small"' EXIT
+  python - "$folder" "$small" "${names[@]}" <<'PYTHON'
+import sys
+from pathlib import Path
+
+import nbformat
+
+folder, small, *names = sys.argv[1:]
+for name in names:
+    notebook = nbformat.read(Path(folder, f"{name}.ipynb"), as_version=4)
+    notebook.cells = [x for x in notebook.cells if x.metadata.get("small") != "skip"]
+    for cell in notebook.cells:
+        for line, other in cell.metadata.get("small", ()):
+            if line not in cell.source:
+                sys.exit(f"{name}: no line {line!r}")
+            cell.source = cell.source.replace(line, other)
+    nbformat.write(notebook, Path(small, f"{name}.ipynb"))
+PYTHON
+  pytest --nbmake --durations=0 "$small"
+  exit
 fi
 
 # What is stored depends on nothing that others do not have.
-unset ORTHAX_DATA ORTHAX_SMALL XLA_FLAGS
+unset ORTHAX_DATA XLA_FLAGS
 python - "$folder" "${names[@]}" <<'PYTHON'
 import sys
 import time

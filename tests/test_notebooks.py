@@ -94,11 +94,10 @@ def test_only_packages_that_readers_have_are_imported(name):
 
 
 @each_notebook
-def test_the_first_cell_installs_as_the_readme_says_and_only_where_it_must(name):
-    readme = (ROOT / "README.md").read_text()
-    (address,) = set(re.findall(r"`pip install (git\+[^`]*)`", readme))
+def test_the_first_cell_installs_from_a_checkout_or_by_name_only_where_it_must(name):
     first = code(source(name))[0].source
-    assert f'%pip install --quiet "{address}"' in first
+    assert 'SOURCE = "orthax-optim"' in first and 'SOURCE = "../.."' in first
+    assert '%pip install --quiet "{SOURCE}"' in first and "git+" not in first
     for i, line in enumerate(first.splitlines()):
         if "%pip" in line:
             assert re.fullmatch(
@@ -109,9 +108,22 @@ def test_the_first_cell_installs_as_the_readme_says_and_only_where_it_must(name)
 
 
 @each_notebook
-def test_it_says_how_to_run_it_small_and_where_to_read_on(name):
+def test_switches_and_checks_are_out_of_sight(name):
+    for notebook in (source(name), stored(name)):
+        for cell in code(notebook):
+            # In a cell that is seen an assertion explains what follows it.
+            last = cell.source.splitlines()[-1]
+            hidden = cell.metadata.get("jupyter", {}).get("source_hidden")
+            assert hidden or not last.startswith("assert")
+            assert "SMALL" not in cell.source
+            small = cell.metadata.get("small", ())
+            for line, other in () if small == "skip" else small:
+                assert line in cell.source and line != other
+
+
+@each_notebook
+def test_it_says_where_to_read_on(name):
     notebook = source(name)
-    assert "ORTHAX_SMALL" in notebook.cells[0].source
     assert notebook.cells[-1].source.startswith("## Read on")
     text = "\n".join(
         cell.source for cell in notebook.cells if cell.cell_type == "markdown"

@@ -1,8 +1,11 @@
 """Train a small image classifier with orthogonalised gradients: copy this file.
 
-    python classifier.py                             # digits, MEASURED_DIGITS
+    python classifier.py                             # digits: 98.9 % in 15 seconds
     python classifier.py --optimiser adamw
-    python classifier.py --data cifar10 --data-dir DIR   # MEASURED_CIFAR
+    python classifier.py --data cifar10 --data-dir DIR --epochs 1    # 59.8 %
+
+Accuracy on the test images, one seed, on two CPU cores, where an epoch of CIFAR-10 takes
+a minute and a half. Learning rates are ones that work, not tuned for a comparison.
 
 It needs orthax, flax, scikit-learn, matplotlib, tqdm and tyro, and nothing else of this
 repository. DIR holds `cifar-10-batches-py`, the official Python archive unpacked.

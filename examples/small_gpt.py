@@ -3,9 +3,9 @@
     python small_gpt.py input.txt                        # 1.99 ± 0.01 nats per token
     python small_gpt.py input.txt --optimiser adamw      # 2.33 ± 0.01
 
-Validation loss of Tiny Shakespeare, a million characters, after 500 steps, 25 seconds on
-two CPU cores: mean and standard error of three seeds, each optimiser at the best of four
-learning rates (0.003, 0.01, 0.03, 0.1) on the same text. Any text will do.
+Validation loss of Tiny Shakespeare, a million characters, after 500 steps, 25 seconds
+on two CPU cores: mean and standard error of three seeds, each optimiser at the best of
+four learning rates (0.003, 0.01, 0.03, 0.1) on the same text. Any text will do.
 
 It needs orthax, flax, matplotlib, tqdm and tyro, and nothing else of this repository.
 """

@@ -1,7 +1,6 @@
 """Train a small image classifier with orthogonalised gradients: copy this file.
 
     python classifier.py                             # digits: 98.9 % in 15 seconds
-    python classifier.py --optimiser adamw
     python classifier.py --data cifar10 --data-dir DIR --epochs 1    # 59.8 %
 
 Accuracy on the test images, one seed, on two CPU cores (CIFAR-10: 94 seconds an epoch),

@@ -29,6 +29,7 @@ from examples.experiments.anytime.report import INDEPENDENT, Rows, merit, write
 from examples.experiments.anytime.task_rules import RULES, STATEFUL, Rule
 from examples.experiments.anytime.training import TRAINER, Recipe, Run
 from examples.models.anytime import MODELS, Model
+from examples.training import program
 from examples.training.optimisers import WITHOUT_METHOD, Optimiser
 from examples.training.runs import Limits, seeds_of
 from examples.training.side_by_side import train_runs
@@ -220,4 +221,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -39,6 +39,7 @@ from examples.streaming.results import PRETRAINING_KEY, make_pretraining_row
 from examples.streaming.settings import Streamed, check_batches, half_cosine, join
 from examples.streaming.task import Images, classification_loss, classification_score
 from examples.streaming.training import Plan, make_plan, train
+from examples.training import program
 from examples.training.optimisers import METHODS, RULES, Layers
 
 
@@ -296,4 +297,4 @@ def run(config: Pretraining) -> tuple[State, State | None]:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

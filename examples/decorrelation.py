@@ -27,6 +27,7 @@ from examples.experiments.decorrelation.page import write
 from examples.experiments.decorrelation.report import Rows, merit
 from examples.experiments.decorrelation.settings import Cifar10, Digits, Settings
 from examples.experiments.decorrelation.training import TRAINER, Recipe, Run
+from examples.training import program
 from examples.training.runs import Limits, seeds_of
 from examples.training.side_by_side import train_runs
 from examples.training.supervised import check_batches
@@ -140,4 +141,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

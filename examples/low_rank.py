@@ -32,6 +32,7 @@ from examples.experiments.low_rank.report import Rows
 from examples.experiments.low_rank.runs import train_runs
 from examples.experiments.low_rank.settings import NO_CUT, Cifar10, Digits, Settings
 from examples.experiments.low_rank.training import Arm, Model, Recipe, Run, layers_of
+from examples.training import program
 from examples.training.report import Results, Row, gather
 from examples.training.runs import Limits, OutOfTime, seeds_of
 from examples.training.supervised import check_batches
@@ -172,4 +173,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -23,6 +23,7 @@ import tyro
 from examples.data import Dataset, load_cifar10
 from examples.paper import comparison, probes
 from examples.paper.studies import STUDIES, Study
+from examples.training import program
 from examples.training.report import RESULTS, Results
 from examples.training.runs import Limits
 from examples.training.supervised import Run, train_runs
@@ -152,4 +153,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -27,6 +27,7 @@ import tyro
 from examples.data import Dataset, load_cifar10, load_digits
 from examples.models import CLASSIFIERS
 from examples.streaming import imagenet
+from examples.training import program
 from examples.training.checked import Checked
 from examples.training.optimisers import WITHOUT_METHOD, Layers, Method, Optimiser
 from examples.training.report import (
@@ -328,4 +329,4 @@ def present(
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -34,6 +34,7 @@ from examples.experiments.language.report import Rows, merit
 from examples.experiments.language.sampling import sample
 from examples.experiments.language.settings import Rates, Train
 from examples.experiments.language.training import TRAINER, Metrics, Run
+from examples.training import program
 from examples.training.runs import Limits, OutOfTime
 from examples.training.side_by_side import programs, train_runs, train_together
 from examples.training.supervised import State
@@ -222,4 +223,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -12,7 +12,7 @@ from sklearn import datasets
 
 from examples import train
 from examples.data import load_digits
-from examples.training import optimisers, report, supervised
+from examples.training import optimisers, program, report, supervised
 from examples.training.supervised import Run
 
 SHORT = ["digits", "--epochs", "2", "--seeds", "1", "--no-tune"]
@@ -475,3 +475,18 @@ def test_digits_are_divided_without_loss_and_by_class():
         np.testing.assert_allclose(
             shares, np.bincount(labels) / 1797, rtol=0, atol=4e-3
         )
+
+
+def test_an_interrupted_program_says_how_to_go_on(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "digits", "--epochs", "9"])
+
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        program.run(main)
+    assert ended.value.code == 130
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2 and "Finished runs are kept" in lines[0]
+    assert lines[1].endswith("digits --epochs 9")
+    assert program.run(lambda: 3) is None

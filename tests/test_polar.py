@@ -392,7 +392,16 @@ def test_second_derivative_against_finite_differences(x64):
     assert np.abs(second - expected).max() < 1e-6 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["svd", "gram eigh", "auto", "newton-schulz adaptive"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "auto",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("svd", "gram eigh", "newton-schulz adaptive")
+        ),
+    ],
+)
 def test_inside_shard_map(name):
     method, _ = METHODS[name]
     mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))

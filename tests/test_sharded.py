@@ -281,7 +281,9 @@ def predicted(shares):
 WAYS = {"stack": DIRECT, "split": QUICK}
 
 
-@both
+@pytest.mark.parametrize(
+    "kind", ["explicit", pytest.param("auto", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_every_layout_alone_takes_the_plan_that_is_predicted(kind, way):
     xs, expected = placed_model(mesh_of(kind), WAYS[way])

@@ -241,6 +241,14 @@ def test_gradients_of_tasks(dtype):
 # --- the rest -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("bfloat16", "float64")),
+    ],
+    indirect=True,
+)
 def test_low_rank(dtype):
     params = {"kernel": normal((6, 5), dtype), "bias": normal((5,), dtype, 1)}
     x = normal((4, 6), dtype, 2)

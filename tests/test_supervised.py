@@ -142,7 +142,13 @@ def test_a_killed_run_goes_on_with_the_same_numbers(optimiser, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "orthogonal_sgd", "adam"])
+@pytest.mark.parametrize(
+    "optimiser",
+    [
+        "orthogonal_sgd",
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("sgd", "adam")),
+    ],
+)
 def test_out_of_time_is_not_the_end(optimiser, tmp_path):
     runs, limits = [make_cnn(optimiser)], Limits(tmp_path, deadline=0.0)
     for _ in range(EPOCHS - 1):  # one epoch at a time

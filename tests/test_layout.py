@@ -83,6 +83,11 @@ def test_modules_are_private_and_names_say_something():
         )
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_has_one_idea(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
 def test_linear_algebra_is_on_the_ground_floor():
     """What can hang, or be of a lower precision than it says, is written once."""
     words = re.compile(r"jnp\.linalg|lax\.linalg\.|promote_types\(")

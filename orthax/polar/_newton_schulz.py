@@ -285,10 +285,7 @@ def _normalised(x: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
 
 
 def _row(rows: Table, i: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
-    """Return the numbers of row `i`, selected by comparisons, which fuse on a TPU.
-
-    A slice of a table would be a kernel of its own, as slow as a small product.
-    """
+    """Return the numbers of row `i`, by comparisons: on TPU a slice does not fuse."""
     columns = []
     for numbers in zip(*rows, strict=True):
         chosen = jnp.asarray(numbers[-1], dtype)

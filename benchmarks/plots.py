@@ -1,6 +1,6 @@
-"""Pictures of the results: `python -m benchmarks.plots`, which needs matplotlib.
+"""The picture of whole updates: `python -m benchmarks.plots`, which needs matplotlib.
 
-Reads the CSV files of a folder and writes its PNG files; nothing is measured.
+Reads `step.csv` of a folder and writes its PNG files; nothing is measured.
 """
 
 import argparse
@@ -8,82 +8,72 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks import summary, tables
+from benchmarks import peers, summary, tables
 
 Rows = list[dict[str, str]]
 
-_BARS = (("speed_over_optax", "optax's Muon"), ("speed_over_svd", "SVD per leaf"))
-_MOST_ASPECTS = 6
+_PEERS = {
+    peers.OPTAX: "optax's Muon",
+    peers.OPTAX_ROWS: "optax's Muon, coefficients as a table",
+    peers.TORCH: "torch's Muon",
+    peers.SVD_PER_LEAF: "an SVD of each leaf",
+}
 
 
 def updates(rows: Rows, path: pathlib.Path) -> bool:
-    """Draw how much faster one update is than the peers', its error above the bars.
+    """Draw the time of one update relative to each peer's, a panel for each gradient.
 
     Returns:
       Whether there was anything to draw.
     """
-    chosen = [
-        row
-        for row in rows
-        if row["method"] == summary.OURS
-        and row.get("gradients") in ("gaussian", "", None)
-        and all(row.get(name) for name, _ in _BARS)
-    ]
-    if not chosen:
+    times: dict[str, dict[str, dict[str, float]]] = {}
+    for row in rows:
+        if row.get("median_ms"):
+            kind = times.setdefault(row.get("gradients") or "gaussian", {})
+            kind.setdefault(row["tree"], {})[row["method"]] = float(row["median_ms"])
+    kinds = {
+        kind: {
+            tree: found
+            for tree, found in trees.items()
+            if summary.OURS in found and _PEERS.keys() & found.keys()
+        }
+        for kind, trees in times.items()
+    }
+    kinds = {kind: kinds[kind] for kind in sorted(kinds, reverse=True) if kinds[kind]}
+    if not kinds:
         return False
-    figure, axes = _axes(1, 1, (1.5 + 1.1 * len(chosen), 3.6))
-    axis = axes[0]
-    for k, (name, label) in enumerate(_BARS):
-        places = [i + 0.4 * (k - 0.5) for i in range(len(chosen))]
-        axis.bar(places, [float(row[name]) for row in chosen], 0.38, label=label)
-    for i, row in enumerate(chosen):
-        top = max(float(row[name]) for name, _ in _BARS)
-        label = tables.cell(row, "worst_error", ".0e")
-        axis.annotate(label, (i, top), (0, 2), textcoords="offset points", ha="center")
-    axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(chosen)), [row["tree"] for row in chosen], rotation=20)
-    axis.set_ylabel("times as fast as")
-    axis.margins(y=0.15)
-    axis.set_title(f"{_title(chosen)}; above: relative error", fontsize=8)
-    axis.legend(fontsize=8)
-    _save(figure, path)
+    widths = [len(trees) for trees in kinds.values()]
+    figure, axes = _axes(widths, (2.2 + 1.0 * sum(widths), 3.8))
+    for axis, (kind, trees) in zip(axes, kinds.items(), strict=True):
+        for k, (peer, label) in enumerate(_PEERS.items()):
+            there = [i for i, found in enumerate(trees.values()) if peer in found]
+            found = [[*trees.values()][i] for i in there]
+            heights = [each[summary.OURS] / each[peer] for each in found]
+            axis.bar([i + 0.2 * (k - 1.5) for i in there], heights, 0.19, label=label)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(trees)), trees, rotation=35, ha="right", fontsize=8)
+        axis.set_title(f"{kind} gradients", fontsize=9)
+    axes[0].set_ylabel("time of orthogonalise() / theirs\n(shorter is faster)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
+    row = rows[0]
+    figure.suptitle(
+        f"{row['device']}, {row['cpus']} CPU cores, jax {row['jax']}", fontsize=9
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without its version in the file, a picture changes only if the numbers do.
+    figure.savefig(path, dpi=110, metadata={"Software": None})
     return True
 
 
-def sides(rows: Rows, path: pathlib.Path) -> bool:
-    """Draw the time of every method against the short side, a panel for each aspect.
+def _axes(widths: Sequence[int], size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # no backend is needed to write a file
 
-    Returns:
-      Whether there was anything to draw.
-    """
-    if not rows:
-        return False
-    batch, dtype = _commonest((row["batch"], row["dtype"]) for row in rows)
-    chosen = [row for row in rows if (row["batch"], row["dtype"]) == (batch, dtype)]
-    aspect = {id(row): int(row["rows"]) / int(row["columns"]) for row in chosen}
-    found = sorted({round(value, 2) for value in aspect.values()})[:_MOST_ASPECTS]
-    figure, axes = _axes(1, len(found), (3 * len(found) + 1.8, 3.6))
-    methods = list(dict.fromkeys(row["method"] for row in chosen))
-    ticks = sorted({int(row["columns"]) for row in chosen})
-    for axis, value in zip(axes, found, strict=True):
-        for method in methods:
-            points = sorted(
-                (int(row["columns"]), float(row["median_ms"]))
-                for row in chosen
-                if row["method"] == method and round(aspect[id(row)], 2) == value
-            )
-            axis.plot(
-                *zip(*points, strict=True), **_style(methods.index(method), method)
-            )
-        axis.set(xscale="log", yscale="log", xlabel="short side m")
-        axis.set_xticks(ticks, [str(m) for m in ticks], fontsize=8)
-        axis.set_xticks([], minor=True)
-        axis.set_title(f"aspect ratio {value:g}", fontsize=9)
-    axes[0].set_ylabel(f"ms for {batch} matrices")
-    axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.suptitle(f"{_title(chosen)}; stored in {dtype}", fontsize=9)
-    _save(figure, path)
-    return True
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(
+        1, len(widths), squeeze=False, sharey=True, width_ratios=widths
+    )
+    return figure, axes.ravel()
 
 
 def _commonest(values: Any) -> Any:
@@ -91,63 +81,27 @@ def _commonest(values: Any) -> Any:
     return max(dict.fromkeys(values), key=values.count)
 
 
-def _style(k: int, method: str) -> dict[str, Any]:
-    ours = method.startswith("Auto")
-    return {
-        "label": method,
-        "marker": "osv^D*Px"[k % 8],
-        "markersize": 4,
-        "linewidth": 2.2 if ours else 1,
-        "zorder": 3 if ours else 2,
-    }
-
-
-def _title(rows: Rows) -> str:
-    row = rows[0]
-    return f"{row['device']}, {row['cpus']} CPU cores, jax {row['jax']}"
-
-
-def _axes(rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # no backend is needed to write a file
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-
-
-def _save(figure: Any, path: pathlib.Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Without its version in the file, a picture changes only if the numbers do.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-
-
 def draw(results: pathlib.Path) -> list[pathlib.Path]:
-    """Draw all that the files of a folder hold, and return what was written."""
+    """Draw all that the file of a folder holds, and return what was written."""
     written = []
-    for drawing, name in ((updates, "step"), (sides, "speed")):
-        rows = tables.read(results / f"{name}.csv")
-        for kind in dict.fromkeys(row["platform"] for row in rows):
-            members = [row for row in rows if row["platform"] == kind]
-            # Devices and numbers of threads are not mixed in a picture.
-            device = _commonest(tables.identity(row, tables.DEVICE) for row in members)
-            members = [
-                r for r in members if tables.identity(r, tables.DEVICE) == device
-            ]
-            path = results / f"{name}_{kind}.png"
-            if drawing(members, path):
-                written.append(path)
+    rows = tables.read(results / "step.csv")
+    for kind in dict.fromkeys(row["platform"] for row in rows):
+        members = [row for row in rows if row["platform"] == kind]
+        # Devices and numbers of threads are not mixed in a picture.
+        device = _commonest(tables.identity(row, tables.DEVICE) for row in members)
+        members = [r for r in members if tables.identity(r, tables.DEVICE) == device]
+        path = results / f"step_{kind}.png"
+        if updates(members, path):
+            written.append(path)
     return written
 
 
 def markdown(results: pathlib.Path) -> str:
-    """Return links to the pictures that are there, of both drawings."""
-    captions = {
-        "step": "Times as fast as the peers, one update of `orthogonalise()`",
-        "speed": "Time by short side, by aspect ratio",
-    }
+    """Return links to the pictures that are there."""
+    caption = "Time of one update of `orthogonalise()` relative to others"
     found = [
         f"![{caption}, {path.stem.split('_')[1]}]({results.name}/{path.name})"
-        for name, caption in captions.items()
-        for path in sorted(results.glob(f"{name}_*.png"))
+        for path in sorted(results.glob("step_*.png"))
     ]
     return "\n\n".join(found) or "No picture yet: `python -m benchmarks.plots`."
 

@@ -31,6 +31,7 @@ TREES = {
 METHODS = {
     summary.OURS: f"`{summary.OURS}`",
     peers.OPTAX: "`optax.contrib.muon`",
+    peers.OPTAX_ROWS: "`optax.contrib.muon`, `ns_coeffs` a table of five rows",
     "torch.optim.Muon": "`torch.optim.Muon`",
     "jnp.linalg.svd per leaf": "`jnp.linalg.svd`, leaf by leaf",
 }

@@ -509,13 +509,12 @@ def test_pictures_are_drawn_from_the_files_and_linked(all_methods, tmp_path):
     pytest.importorskip("matplotlib")
     page(tmp_path)
     (tmp_path / "step.csv").write_text((all_methods / "step.csv").read_text())
-    run_speed(tmp_path, "--methods", "SVD()", "--batches", "2")
     written = plots.draw(tmp_path)
-    assert [path.name for path in written] == ["step_cpu.png", "speed_cpu.png"]
+    assert [path.name for path in written] == ["step_cpu.png"]
     first = [path.read_bytes() for path in written]
     assert all(picture.startswith(b"\x89PNG") for picture in first)
     assert [path.read_bytes() for path in plots.draw(tmp_path)] == first
-    assert plots.markdown(tmp_path).count(f"({tmp_path.name}/") == 2
+    assert plots.markdown(tmp_path).count(f"({tmp_path.name}/") == 1
     assert "No picture yet" in plots.markdown(tmp_path / "empty")
 
 

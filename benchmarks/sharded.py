@@ -200,15 +200,11 @@ def report(rows: Sequence[dict[str, str]]) -> str:
     """Return the tables of every device, and what has not been run yet."""
     parts = [tables.by_device(rows, markdown)] if rows else []
     done = {(row["platform"], row["tree"]) for row in rows if row.get("median_ms")}
-    body = [
-        [where, tree, "not yet run", f"`{_COMMAND.format(tree=tree)}`"]
-        for platform, where in _PLACES.items()
-        for tree in NETWORKS
-        if (platform, tree) not in done
-    ]
-    if body:
-        header = ["time on", "network", "measured", "filled by"]
-        parts += ["### gpu, tpu", tables.markdown(header, body)]
+    for platform, where in _PLACES.items():
+        missing = " ".join(tree for tree in NETWORKS if (platform, tree) not in done)
+        if missing:
+            command = f"`{_COMMAND.format(tree=missing)}`"
+            parts.append(f"The time on {where} is not yet run: {command}.")
     return "\n\n".join(parts)
 
 

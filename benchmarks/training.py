@@ -80,9 +80,9 @@ def report(rows: Sequence[dict[str, str]]) -> str:
     planned = [setting(name) for name in CASES]
     missing = [each for each in planned if tuple(map(str, each)) not in done]
     if missing:
-        header = [*Setting._fields, "over SGD, %"]
-        body = [[*map(str, each), "not yet run"] for each in missing]
-        parts += ["### gpu", tables.markdown(header, body)]
+        names = " ".join(each.network for each in missing)
+        command = f"`python -m benchmarks.training --networks {names}`"
+        parts += ["### gpu", f"Not yet run: {command}."]
     return "\n\n".join(parts)
 
 

@@ -237,8 +237,9 @@ def test_a_row_says_what_every_device_does(run):
     assert theirs["explicit"]["note"].startswith("raises ShardingTypeError")
     assert "#### tiny, FSDP: mesh 8 data" in text
     assert "| explicit | raises ShardingTypeError |" in text
-    assert text.count("not yet run") == 2 * len(sharded.NETWORKS)
-    assert "`python -m benchmarks.sharded --run --trees resnet50`" in text
+    assert text.count("not yet run") == 2
+    command = "`python -m benchmarks.sharded --run --trees "
+    assert text.count(command) == 2 and "resnet50`" in text
     shown = [line for line in text.splitlines() if NEWTON_SCHULZ in line]
     assert len(shown) == 3
     assert all("4 all-to-all" in line for line in shown)
@@ -274,7 +275,7 @@ def test_time_is_measured_where_it_is_asked_for(run, monkeypatch, capsys):
 
 
 def test_what_has_been_timed_is_not_planned_any_more():
-    assert sharded.report([]).count("not yet run") == 2 * len(NETWORKS)
+    assert sharded.report([]).count("not yet run") == 2
     device = dict.fromkeys(tables.circumstances(), "1")
     row = device | {
         "platform": "gpu",
@@ -290,7 +291,7 @@ def test_what_has_been_timed_is_not_planned_any_more():
         "quartile3_ms": "1.7",
     }
     text = sharded.report([row])
-    assert text.count("not yet run") == 2 * len(NETWORKS) - 1
+    assert text.count("not yet run") == 2
     assert "1.5 (1.4, 1.7)" in text
     assert "sharded" in report.KEYS
 

@@ -56,16 +56,14 @@ def test_optimisers_are_timed_beside_sgd(run):
 
 def test_what_no_gpu_was_asked_says_so():
     report = training.report([])
-    planned = "| resnet20 | 1024 | 32 | float32 | not yet run |"
-    assert planned in report
-    assert report.count("not yet run") == len(trainers.CASES)
+    names = " ".join(trainers.CASES)
+    assert f"Not yet run: `python -m benchmarks.training --networks {names}`" in report
     row = dict.fromkeys(("device", "cpus", "lapack_threads", "load"), "1")
     row |= dict.fromkeys(("jax", "jaxlib", "optax", "calls", "steps_per_call"), "1")
     row |= {"platform": "gpu", "optimiser": trainers.SGD}
     chosen = trainers.setting("resnet20")._asdict()
     measured = training.report([row | {k: str(v) for k, v in chosen.items()}])
-    assert planned not in measured
-    assert measured.count("not yet run") == len(trainers.CASES) - 1
+    assert "Not yet run: " in measured and "resnet20 " not in measured.split("run: ")[1]
 
 
 def test_a_trainer_goes_on_from_where_it_was():

@@ -86,19 +86,18 @@ def winners(study: Study, rows: Sequence[Row]) -> dict[str, list[list[Row]]]:
 def text(study: Study, rows: Sequence[Row], name: str = "") -> str:
     """Return what a study found, as Markdown."""
     parts = [f"## {study.title}"]
-    ran = any(matching(cell.run, rows) for cell in study.cells)
-    ran = ran or any(winners(study, rows).values())
-    if not ran:
-        parts += ["<details>", f"<summary>{NOT_YET}</summary>"]
-    if study.cells:
-        parts += [_cells_table(study, rows, name)]
+    missing = [cell.run for cell in study.cells if not matching(cell.run, rows)]
+    tested = winners(study, rows)
+    missing += [study.arms[arm][0] for arm, groups in tested.items() if not groups]
+    if len(missing) < len(study.cells):
+        parts += [_cells_table(study, rows)]
         parts += _orderings(study, rows)
-    if study.arms:
-        parts += [_arms_table(study, rows, name)]
-    return "\n\n".join([*parts, *([] if ran else ["</details>"])])
+    if any(tested.values()):
+        parts += [_arms_table(study, rows)]
+    return "\n\n".join([*parts, *_not_yet(missing, name)])
 
 
-def _cells_table(study: Study, rows: Sequence[Row], name: str) -> str:
+def _cells_table(study: Study, rows: Sequence[Row]) -> str:
     published = any(cell.published for cell in study.cells)
     header = ["network", "optimiser", "settings"]
     header += ["paper, %"] * published + ["accuracy, %", "n"]
@@ -109,8 +108,6 @@ def _cells_table(study: Study, rows: Sequence[Row], name: str) -> str:
         groups = matching(cell.run, rows)
         for apart, group in groups.items():
             lines.append(_line(cell, group, apart, published))
-        if not groups:
-            lines.append(_missing(cell, name, published))
     return table(header, lines)
 
 
@@ -151,22 +148,11 @@ def _line(
     return [*line, where]
 
 
-def _missing(cell: Cell, name: str, published: bool) -> list[str]:
-    line = _heading(cell)
-    theirs = cell.published
-    if published:
-        line.append(_pair(theirs.accuracy, theirs.accuracy_error, 2) if theirs else "")
-    line += [NOT_YET, "0"]
-    if published:
-        line += ["", _pair(theirs.loss, theirs.loss_error, 4) if theirs else ""]
-    model = cell.run.recipe.model
-    return [
-        *line,
-        "",
-        "",
-        "",
-        f"`python -m examples.reproduce {name} --models {model}`",
-    ]
+def _not_yet(runs: Sequence[Run], name: str) -> list[str]:
+    """Return a line for what is not yet run, if there is anything, with its command."""
+    models = " ".join(dict.fromkeys(run.recipe.model for run in runs))
+    command = f"`python -m examples.reproduce {name} --models {models}`"
+    return [f"{NOT_YET} ({len(runs)} cells): {command}"] if runs else []
 
 
 def _numbers(group: Sequence[Row], name: str) -> np.ndarray:
@@ -258,16 +244,12 @@ def _reached(group: Sequence[Row], baseline: Sequence[Row]) -> str:
     )
 
 
-def _arms_table(study: Study, rows: Sequence[Row], name: str) -> str:
+def _arms_table(study: Study, rows: Sequence[Row]) -> str:
     header = ["arm", "best of", "its settings", "validation, %", "test, %", "n", "loss"]
     header += ["device"]
     lines = []
     for arm, groups in winners(study, rows).items():
         count = str(len(study.arms[arm]))
-        if not groups:
-            model = study.arms[arm][0].recipe.model
-            command = f"`python -m examples.reproduce {name} --models {model}`"
-            lines.append([arm, count, command, "", NOT_YET, "0", "", ""])
         lines += [[arm, count, *_arm_cells(group)] for group in groups]
     return table(header, lines)
 
@@ -339,8 +321,8 @@ Written by `python -m examples.reproduce` from `cifar10.csv`, one row a run; not
 typed by hand. Test accuracy and loss after the last epoch, mean and one standard
 error of n runs; the validation split is seeded, the test images are looked at once a
 run. Where the method is `svd`, polar factors are the exact U Vᵀ of the paper. "Standard
-errors apart" divides the difference of the means by its standard error. To fill what is
-not yet run, give the command beside it (`--minutes` stops cleanly, `--seeds-at-once`
+errors apart" divides the difference of the means by its standard error. For what is not
+yet run there is a line with its command (`--minutes` stops cleanly, `--seeds-at-once`
 trains seeds side by side on a GPU)."""
 
 

@@ -70,6 +70,18 @@ suppress_warnings = ["myst.header"]
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
+# Names instead of the unions that they stand for.
+autodoc_type_aliases = {
+    name: name
+    for name in (
+        "optax.ScalarOrSchedule",
+        "optax.Params",
+        "optax.Updates",
+        "components.RuleOrTree",
+        "RuleOrTree",
+        "Scale",
+    )
+}
 add_module_names = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

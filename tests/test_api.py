@@ -114,6 +114,13 @@ def test_arguments_documented_annotated_and_keyword_only(name):
 
 
 @each_function
+def test_signatures_can_be_read(name):
+    signature = str(inspect.signature(FUNCTIONS[name]))
+    arguments = len(inspect.signature(FUNCTIONS[name]).parameters)
+    assert len(signature) < 160 + 70 * arguments, signature
+
+
+@each_function
 def test_sections(name):
     text = inspect.getdoc(FUNCTIONS[name])
     assert ">>> " in text, "no example"

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from orthax._repr import concise
 from orthax.components._kernels import attention_cut as attention_cut
 from orthax.components._matricisation import Matricisation
 from orthax.components._names import by_name, unwrapped
@@ -80,6 +81,10 @@ class ByName:
         object.__setattr__(self, "stacked", stacked)
         object.__setattr__(self, "skip", _names("skip", self.skip))
         object.__setattr__(self, "overrides", checked_patterns(self.overrides))
+
+    def __repr__(self) -> str:
+        """Return the expression that makes it, without defaults."""
+        return concise(self)
 
     def resolve(self, path: str, leaf: Any) -> Matricisation | None:
         """Return the matricisation of the leaf at `path`."""

@@ -1,5 +1,7 @@
 """One decorrelating map and its statistics, as pure functions."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

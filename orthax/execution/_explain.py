@@ -1,5 +1,7 @@
 """Show what will happen to every leaf of a tree, why, and at what cost."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Apply a function to every matrix of a tree."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

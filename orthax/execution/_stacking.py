@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from orthax._repr import concise
 from orthax.components import Leaf
 from orthax.execution._costs import Machine
 from orthax.execution._layout import (
@@ -72,6 +73,10 @@ class Stacking:
         if self.sharding not in (None, "stack"):
             _axes(self.sharding)
         object.__setattr__(self, "shardings", leaf_shardings(self.shardings))
+
+    def __repr__(self) -> str:
+        """Return the expression that makes it, without defaults."""
+        return concise(self)
 
     @property
     def axes(self) -> Axes | None:

@@ -1,5 +1,7 @@
 """Weights into factors, and back."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """Muon and NorMuon: orthogonalised momentum, AdamW for non-matrix parameters."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

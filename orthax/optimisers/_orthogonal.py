@@ -1,5 +1,7 @@
 """Orthogonalised gradients before SGD, Adam and LARS."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

@@ -1,5 +1,7 @@
 """Equalise the components of an update: NorMuon's second moment."""
 
+from __future__ import annotations
+
 import itertools
 from typing import Any, NamedTuple
 

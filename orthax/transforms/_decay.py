@@ -1,5 +1,7 @@
 """Weight decay that never works against the update."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

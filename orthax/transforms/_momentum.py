@@ -1,5 +1,7 @@
 """The momentum of Muon: an averaged gradient with Nesterov's look-ahead."""
 
+from __future__ import annotations
+
 from typing import Any, NamedTuple
 
 import jax

@@ -1,5 +1,7 @@
 """Restore the norm of an update, which orthogonalising discards."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax

@@ -1,5 +1,7 @@
 """The paper's two baselines, which normalise gradients without orthogonalising."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 import optax

@@ -1,5 +1,7 @@
 """Replace every gradient matrix by its orthogonal polar factor."""
 
+from __future__ import annotations
+
 import optax
 
 from orthax import components, execution, polar

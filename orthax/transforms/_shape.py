@@ -1,5 +1,7 @@
 """Scale every matrix of an update by a function of its shape."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Protocol, runtime_checkable

@@ -1,5 +1,7 @@
 """Updates in proportion to the weights, and weights that keep their norm."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

@@ -1,5 +1,7 @@
 """A tree read leaf by leaf: paths, which leaves can be cut, and how they are."""
 
+from __future__ import annotations
+
 import difflib
 import re
 import reprlib

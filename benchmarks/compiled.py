@@ -242,7 +242,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
         for arm in args.arms
     ]
     path = args.results / _FILE
-    return tables.missing(path, KEY, asked, Case._asdict, args.again)
+    return tables.missing(path, KEY, asked, Case._asdict, again=args.again)
 
 
 _FILE = "compiled.csv"

@@ -329,8 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path,
         KEY,
         itertools.product(args.methods, args.cases, DTYPES),
-        lambda case: dict(zip(KEY, case, strict=False)),
-        args.again,
+        again=args.again,
     )
     for name in tqdm.tqdm(dict.fromkeys(name for name, *_ in missing), desc="polar"):
         rows = []

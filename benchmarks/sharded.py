@@ -274,9 +274,8 @@ def cases(args: argparse.Namespace) -> list[tuple[str, str, str, str]]:
         args.results / "sharded.csv",
         KEY,
         asked,
-        lambda case: dict(zip(KEY, case, strict=False)),
-        args.again,
-        lambda row: not args.run or row.get("median_ms") or row.get("note"),
+        again=args.again,
+        complete=lambda row: not args.run or row.get("median_ms") or row.get("note"),
     )
 
 

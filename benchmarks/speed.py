@@ -228,7 +228,9 @@ def _products(methods: dict[str, polar.PolarMethod]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parsed(argv)
     path, around = args.results / "speed.csv", tables.circumstances()
-    cells = tables.missing(path, KEY, selection(args), lambda x: labels(*x), args.again)
+    cells = tables.missing(
+        path, KEY, selection(args), lambda x: labels(*x), again=args.again
+    )
     limits = Limits(args.rounds, args.patience)
     for name, stack in tqdm.tqdm(cells, desc="speed"):
         tables.write(path, [measure(name, stack, limits) | around], KEY)

@@ -196,8 +196,7 @@ def missing(tree: str, args: argparse.Namespace) -> list[str]:
         args.results / "step.csv",
         KEY,
         itertools.product((tree,), args.gradients, names),
-        lambda case: dict(zip(KEY, case, strict=False)),
-        args.again,
+        again=args.again,
     )
     return [*dict.fromkeys(kind for _, kind, _ in rows)]
 

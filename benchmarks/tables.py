@@ -118,7 +118,8 @@ def missing(
     path: pathlib.Path,
     key: Sequence[str],
     cases: Iterable[Case],
-    labels: Callable[[Case], Row],
+    labels: Callable[[Case], Row] | None = None,
+    *,
     again: bool = False,
     complete: Callable[[dict[str, str]], Any] = bool,
 ) -> list[Case]:
@@ -128,12 +129,14 @@ def missing(
       path: a CSV file.
       key: the columns that tell its rows from each other.
       cases: what is asked for.
-      labels: what a row says of a case, besides `circumstances`.
+      labels: what a row says of a case, besides `circumstances`; default: the case
+        holds the first columns of the key.
       again: whether what is there counts as missing.
       complete: whether a row of the file counts.
     """
     if again:
         return [*cases]
+    labels = labels or (lambda case: dict(zip(key, case, strict=False)))
     there = {identity(row, key) for row in read(path) if complete(row)}
     around = circumstances()
     return [x for x in cases if identity(around | labels(x), key) not in there]

@@ -222,8 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path,
         KEY,
         itertools.product(args.networks, args.tasks, WAYS),
-        lambda case: dict(zip(KEY, case, strict=False)),
-        args.again,
+        again=args.again,
     )
     cases = [*dict.fromkeys(row[:2] for row in rows)]
     for network, count in tqdm.tqdm(cases, desc="tasks"):

@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         KEY,
         itertools.product(settings, optimisers),
         lambda case: case[0]._asdict() | {"optimiser": case[1]},
-        args.again,
+        again=args.again,
     )
     for chosen in dict.fromkeys(chosen for chosen, _ in missing):
         around = tables.circumstances()

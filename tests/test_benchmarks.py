@@ -554,8 +554,10 @@ def test_missing_are_the_cases_without_a_row_on_this_device(tmp_path):
         (True, bool, ["a", "b"]),
         (False, lambda row: row.get("median_ms"), ["a", "b"]),
     ):
-        found = tables.missing(path, key, "ab", lambda x: {"name": x}, again, complete)
-        assert found == names
+        assert names == tables.missing(
+            path, key, "ab", lambda x: {"name": x}, again=again, complete=complete
+        )
+    assert tables.missing(path, key, [("a",), ("b",)]) == [("b",)]
 
 
 @pytest.mark.parametrize(
